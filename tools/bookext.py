@@ -1,0 +1,3 @@
+"""Sphinx extension."""
+def setup(app):
+    return {"parallel_read_safe": True}
