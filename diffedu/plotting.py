@@ -9,6 +9,8 @@ from __future__ import annotations
 import base64
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from html import escape
 from typing import Any
 
@@ -18,6 +20,7 @@ from cycler import cycler
 from IPython.display import display
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import Collection, PathCollection
 from matplotlib.colors import to_rgb, to_rgba_array
 from matplotlib.figure import Figure
@@ -30,7 +33,7 @@ INK, PAPER = "#222832", "#ffffff"  # text and ground of the page's light theme
 DARK_INK, DARK_PAPER = "#ced6dd", "#121212"  # and of its dark one
 
 # Seven hues, each at least 3:1 against both papers and told apart with every colour vision.
-_BLUE, _SKY, _GREEN, _BROWN = "#1455fd", "#1e9bd6", "#197456", "#84622a"
+_BLUE, _SKY, _GREEN, _BROWN = "#2a66f0", "#1e9bd6", "#197456", "#84622a"
 _ORANGE, _PURPLE, _GREY = "#e9640f", "#b6319e", "#8f9297"
 COLORS = {
     "data": _BLUE,
@@ -95,17 +98,17 @@ def in_page() -> bool:
 
 def png(fig: Figure) -> bytes:
     """The figure as a PNG on white paper, as Jupyter shows it."""
-    return _encode(_draw(fig, PAPER).convert("RGB"), "png")
+    drawn = _draw(fig)
+    paper = Image.new("RGBA", drawn.size, PAPER)
+    paper.alpha_composite(drawn)
+    return _encode(paper.convert("RGB"), "png")
 
 
 def webp_pair(fig: Figure) -> tuple[bytes, bytes]:
     """The figure as two transparent WebP images: for the light page and for the dark one."""
-    light = _webp(_draw(fig, "none"))
-    _recolour(fig, {INK: DARK_INK, PAPER: DARK_PAPER})
-    try:
-        return light, _webp(_draw(fig, "none"))
-    finally:
-        _recolour(fig, {DARK_INK: INK, DARK_PAPER: PAPER})
+    light = _webp(_draw(fig))
+    with _recoloured(fig, {INK: DARK_INK, PAPER: DARK_PAPER}):
+        return light, _webp(_draw(fig))
 
 
 def page_size(fig: Figure) -> tuple[int, int]:
@@ -181,20 +184,22 @@ def scatter(ax: Axes, x: Any, color: str = COLORS["data"], **kw: Any) -> PathCol
     return ax.scatter(*points.T, **{"s": 4, "color": color, "linewidths": 0, **kw})
 
 
-def _draw(fig: Figure, paper: str) -> Image.Image:
-    if fig.get_layout_engine() is not None:  # lay out once, so that every drawing is the same
-        fig.draw_without_rendering()
-        fig.set_layout_engine("none")
-    buffer = io.BytesIO()
-    dpi = PIXELS_PER_INCH * _SHARPNESS
-    fig.savefig(buffer, format="png", dpi=dpi, facecolor=paper, edgecolor="none")
-    return Image.open(buffer)
+def _draw(fig: Figure) -> Image.Image:
+    fig.set_dpi(PIXELS_PER_INCH * _SHARPNESS)
+    canvas = FigureCanvasAgg(fig)
+    canvas.draw()  # type: ignore[no-untyped-call]
+    if fig.get_layout_engine() is not None:
+        fig.set_layout_engine("none")  # the layout stands, and drawing again is faster
+    pixels = np.array(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+    return Image.fromarray(pixels)
 
 
 def _webp(image: Image.Image) -> bytes:
-    """The smaller of a lossless palette (best for lines, points, text) and a lossy image."""
+    """A lossless palette (best for lines, points, text) or, if that is large, a lossy image."""
     palette = image.quantize(256, method=Image.Quantize.FASTOCTREE).convert("RGBA")
     lossless = _encode(palette, "webp", lossless=True)
+    if len(lossless) < 30_000:
+        return lossless
     return min(lossless, _encode(image, "webp", quality=88), key=len)
 
 
@@ -204,24 +209,7 @@ def _encode(image: Image.Image, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _recolour(fig: Figure, colours: dict[str, str]) -> None:
-    """Exchange colours in every artist of the figure; transparency stays as it is."""
-    for artist in fig.findobj():
-        hidden = (
-            (artist.get_bbox_patch(), artist.arrow_patch) if isinstance(artist, Annotation) else ()
-        )
-        for part in (artist, *hidden):
-            for name in _COLOURED.get(_kind(part), ()):
-                before = to_rgba_array(getattr(part, f"get_{name}")())
-                after = before.copy()
-                for old, new in colours.items():
-                    after[np.isclose(before[:, :3], to_rgb(old)).all(axis=1), :3] = to_rgb(new)
-                if not np.array_equal(before, after):
-                    many = isinstance(part, Collection)
-                    getattr(part, f"set_{name}")(after if many else tuple(after[0]))
-
-
-_COLOURED: dict[type[Artist] | None, tuple[str, ...]] = {
+_COLOURED: dict[type[Artist], tuple[str, ...]] = {
     Text: ("color",),
     Line2D: ("color", "markerfacecolor", "markeredgecolor"),
     Patch: ("facecolor", "edgecolor"),
@@ -229,5 +217,34 @@ _COLOURED: dict[type[Artist] | None, tuple[str, ...]] = {
 }
 
 
-def _kind(artist: Artist) -> type[Artist] | None:
-    return next((kind for kind in _COLOURED if kind and isinstance(artist, kind)), None)
+@contextmanager
+def _recoloured(fig: Figure, colours: dict[str, str]) -> Iterator[None]:
+    """Exchange colours in every artist of the figure for a while; transparency stays as it is."""
+    undo = []
+    for part in _parts(fig):
+        names = next((names for kind, names in _COLOURED.items() if isinstance(part, kind)), ())
+        for name in names:
+            before = to_rgba_array(getattr(part, f"get_{name}")())
+            after = before.copy()
+            for old, new in colours.items():
+                match = (np.abs(before[:, :3] - to_rgb(old)) < 1e-3).all(axis=1)
+                after[match, :3] = to_rgb(new)
+            if (before != after).any():
+                many = isinstance(part, Collection)
+                setter = getattr(part, f"set_{name}")
+                undo.append((setter, before if many else tuple(before[0])))
+                setter(after if many else tuple(after[0]))
+    try:
+        yield
+    finally:
+        for setter, value in reversed(undo):
+            setter(value)
+
+
+def _parts(fig: Figure) -> Iterator[Artist]:
+    for artist in fig.findobj():
+        yield artist
+        if isinstance(artist, Text) and (box := artist.get_bbox_patch()):
+            yield box
+        if isinstance(artist, Annotation) and artist.arrow_patch:
+            yield artist.arrow_patch
