@@ -4,13 +4,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from diffedu.checks import require_eta
+from diffedu.checks import require_count, require_eta
 from diffedu.denoiser import Denoiser
+from diffedu.sampling import Solver
 from diffedu.schedules import Schedule
 
 
@@ -68,6 +69,133 @@ class EulerMaruyama:
     ) -> tuple[Tensor, None]:
         """One step over the interval of record c; x (B, *)."""
         return c.apply(denoiser, x, noise), None
+
+
+@dataclass(frozen=True)
+class Ancestral:
+    """DDPM's sampler: a draw from the posterior q(x_s | x_t, x0) at the predicted x0. Weak order 1.
+
+    With q = 1 - SNR_t / SNR_s: mean (alpha_s / alpha_t) (x - q sigma_t eps), deviation sigma_s sqrt(q).
+    Source: Ho et al. 2020, algorithm 2, with the posterior variance, for any alpha and sigma.
+    """
+
+    order: ClassVar[float] = 1.0
+    stochastic: ClassVar[bool] = True
+
+    def coefficients(self, schedule: Schedule, ts: Sequence[float]) -> list[Affine]:
+        """For each interval the numbers of x <- a x + b eps + n z."""
+        records = []
+        for t, s in pairwise(ts):
+            q = -math.expm1(2 * (schedule.lam(t) - schedule.lam(s)))
+            a = schedule.alpha(s) / schedule.alpha(t)
+            records.append(Affine(t, a, -a * q * schedule.sigma(t), schedule.sigma(s) * math.sqrt(q)))
+        return records
+
+    def step(
+        self, denoiser: Denoiser, x: Tensor, c: Affine, state: None, noise: Callable[[], Tensor]
+    ) -> tuple[Tensor, None]:
+        """One step over the interval of record c; x (B, *)."""
+        return c.apply(denoiser, x, noise), None
+
+
+@dataclass(frozen=True)
+class ReverseDiffusion:
+    """The forward chain's own coefficients, reversed: x <- (2 - a) x + v score + sqrt(v) z. Weak order 1.
+
+    a = alpha_t / alpha_s and v = sigma_t^2 - a^2 sigma_s^2 are those of x_t = a x_s + sqrt(v) z; for VE it
+    is NCSN's reverse step. Source: Song et al. 2021, eq. 46.
+    """
+
+    order: ClassVar[float] = 1.0
+    stochastic: ClassVar[bool] = True
+
+    def coefficients(self, schedule: Schedule, ts: Sequence[float]) -> list[Affine]:
+        """For each interval the numbers of x <- a x + b eps + n z."""
+        records = []
+        for t, s in pairwise(ts):
+            q = -math.expm1(2 * (schedule.lam(t) - schedule.lam(s)))  # v = q sigma_t^2
+            a, sigma = schedule.alpha(t) / schedule.alpha(s), schedule.sigma(t)
+            records.append(Affine(t, 2 - a, -q * sigma, sigma * math.sqrt(q)))
+        return records
+
+    def step(
+        self, denoiser: Denoiser, x: Tensor, c: Affine, state: None, noise: Callable[[], Tensor]
+    ) -> tuple[Tensor, None]:
+        """One step over the interval of record c; x (B, *)."""
+        return c.apply(denoiser, x, noise), None
+
+
+@dataclass(frozen=True)
+class AnnealedLangevin:
+    """At each new time s, n_steps of Langevin dynamics at that fixed noise level; no step between levels.
+
+    x <- x + e score + sqrt(2 e) z with e = 2 (snr sigma_s)^2: the step size of Song & Ermon 2019,
+    algorithm 1, proportional to sigma^2, in the parameter of Song et al. 2021, algorithm 4, whose batch
+    norms |z| / |score| are replaced by what they estimate, sigma. A Markov-chain method: it approaches p_s
+    as n_steps grows and snr falls. Raises ValueError for n_steps < 1 or snr <= 0.
+    """
+
+    n_steps: int
+    snr: float
+    order: ClassVar[float] = 1.0
+    stochastic: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        require_count("n_steps", self.n_steps)
+        if not 0 < self.snr < math.inf:
+            raise ValueError(f"snr must be positive; got {self.snr!r}")
+
+    def coefficients(self, schedule: Schedule, ts: Sequence[float]) -> list[Affine]:
+        """For each interval t -> s the numbers of one Langevin step at s."""
+        records = []
+        for s in ts[1:]:
+            sigma = schedule.sigma(s)
+            if sigma == 0:
+                raise ValueError(f"Langevin dynamics needs sigma > 0; got the time {s!r}")
+            records.append(Affine(s, 1.0, -2 * self.snr**2 * sigma, 2 * self.snr * sigma))
+        return records
+
+    def step(
+        self, denoiser: Denoiser, x: Tensor, c: Affine, state: None, noise: Callable[[], Tensor]
+    ) -> tuple[Tensor, None]:
+        """n_steps Langevin steps at the level of record c; x (B, *)."""
+        for _ in range(self.n_steps):
+            x = c.apply(denoiser, x, noise)
+        return x, None
+
+
+class PredictorCorrector:
+    """A step of the predictor, then n_steps of Langevin dynamics at the time it arrives at.
+
+    Order and state are the predictor's. Raises ValueError as `AnnealedLangevin`.
+    Source: Song et al. 2021, algorithm 1.
+    """
+
+    stochastic = True
+
+    def __init__(self, predictor: Solver, n_steps: int, snr: float) -> None:
+        self.predictor, self.corrector = predictor, AnnealedLangevin(n_steps, snr)
+        self.order = predictor.order
+
+    def coefficients(self, schedule: Schedule, ts: Sequence[float]) -> list[tuple[Any, Affine]]:
+        """For each interval the predictor's record and the corrector's."""
+        pairs = zip(
+            self.predictor.coefficients(schedule, ts), self.corrector.coefficients(schedule, ts), strict=True
+        )
+        return list(pairs)
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        c: tuple[Any, Affine],
+        state: Any,
+        noise: Callable[[], Tensor],
+    ) -> tuple[Tensor, Any]:
+        """One predictor step and its corrections; x (B, *)."""
+        x, state = self.predictor.step(denoiser, x, c[0], state, noise)
+        x, _ = self.corrector.step(denoiser, x, c[1], None, noise)
+        return x, state
 
 
 @dataclass(frozen=True)
