@@ -53,7 +53,7 @@ def outside_the_cells() -> list[Path]:
 
 def everything() -> list[Path]:
     """What the site depends on."""
-    folders = [p for name in ("book", "tools", "_static") for p in (ROOT / name).rglob("*")]
+    folders = [p for name in ("book", "tools", "_static", "_templates") for p in (ROOT / name).rglob("*")]
     kept = [p for p in folders if p.is_file() and not {"__pycache__", ".ipynb_checkpoints"} & {*p.parts}]
     return [*kept, *outside_the_cells(), ROOT / "_config.yml", ROOT / "_toc.yml"]
 
@@ -165,7 +165,8 @@ def page(name: str) -> None:
     stem = name.removeprefix("book/").removesuffix(".ipynb").removesuffix(".md")
     out = BUILD / "page" / stem
     toc = out / "_toc.yml"
-    toc.write_text(f"format: jb-book\nroot: book/{stem}\n")
+    cited = "chapters: [{file: book/bibliography}]\n" if stem != "bibliography" else ""
+    toc.write_text(f"format: jb-book\nroot: book/{stem}\n" + cited)
     with step(f"Executing book/{stem}"):
         cache = execute_all(notebooks_of(toc), out / "cache")
     with step(f"Building book/{stem}"):

@@ -1,0 +1,14 @@
+// Whatever scrolls sideways must be reachable by keyboard, and nothing else should be a tab stop.
+(() => {
+  const mark = () => {
+    for (const box of document.querySelectorAll(".bd-article div.math, .cell_output .output")) {
+      if (box.scrollWidth > box.clientWidth) box.setAttribute("tabindex", "0");
+      else box.removeAttribute("tabindex");
+    }
+  };
+  window.addEventListener("load", () => {
+    if (!("ResizeObserver" in window)) return mark();
+    const watch = new ResizeObserver(mark);
+    document.querySelectorAll(".bd-article div.math, .bd-article").forEach((box) => watch.observe(box));
+  });
+})();

@@ -1,0 +1,119 @@
+"""Make one small stylesheet of the many that a Jupyter Book brings, and an icon font of the icons used.
+
+A default page loads half a megabyte of CSS and an icon font of 1,400 glyphs, of which it uses a
+few per cent. What stays is decided by the built site itself: a rule stays unless each of its selectors
+names a class or id that occurs in no page and no script.
+"""
+
+import logging
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tinycss2
+from fontTools import subset, ttLib
+
+NAME = re.compile(r"[.#](-?[A-Za-z_](?:[\w-]|\\.)*)")
+OPTIONAL = re.compile(r":(?:not|is|where|has)\((?:[^()]|\([^()]*\))*\)")
+FACES = {"fa-solid-900": "solid", "fa-regular-400": "regular", "fa-brands-400": "brands"}
+
+
+def names_in_use(site: Path) -> set[str]:
+    """Class names and ids of the pages, and every word of the scripts, which may set some."""
+    used: set[str] = set()
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        for value in re.findall(r'\b(?:class|id)="([^"]*)"', text):
+            used.update(value.split())
+        for script in re.findall(r"<script>(.*?)</script>", text, re.DOTALL):
+            used.update(re.findall(r"[\w-]+", script))
+    for script_file in site.rglob("*.js"):
+        if "mathjax" not in script_file.parts and script_file.name != "searchindex.js":
+            used.update(re.findall(r"[\w-]+", script_file.read_text()))
+    return used
+
+
+def keep(selector: str, used: set[str]) -> bool:
+    """Whether a selector can match: all classes and ids that it demands are in use."""
+    return used.issuperset(NAME.findall(OPTIONAL.sub("", selector)))
+
+
+def purge(rules: Iterable[Any], used: set[str]) -> str:
+    """The rules that can match something, as CSS text."""
+    out = []
+    for rule in rules:
+        if rule.type == "qualified-rule":
+            selectors = re.split(r",(?![^()]*\))", tinycss2.serialize(rule.prelude))
+            kept = [s.strip() for s in selectors if keep(s, used)]
+            if kept:
+                body = re.sub(r"\s+", " ", tinycss2.serialize(rule.content)).strip()
+                out.append(f"{','.join(kept)}{{{body}}}")
+        elif rule.type == "at-rule" and rule.lower_at_keyword in ("media", "supports"):
+            inner = purge(tinycss2.parse_rule_list(rule.content, True, True), used)
+            if inner:
+                out.append(f"@{rule.at_keyword}{tinycss2.serialize(rule.prelude)}{{{inner}}}")
+        elif rule.type == "at-rule" and rule.lower_at_keyword not in ("charset", "import", "font-face"):
+            out.append(rule.serialize())
+    return "\n".join(out)
+
+
+def inline_urls(css: str, folder: Path, static: Path) -> str:
+    """Rewrite relative url(...) of a sheet in ``folder`` so that it holds from ``static``."""
+
+    def rewrite(match: re.Match[str]) -> str:
+        target = match[1].strip("\"'")
+        if re.match(r"data:|#|/|\w+:", target):
+            return match[0]
+        path = (folder / target).resolve().relative_to(static.resolve())
+        return f'url("{path.as_posix()}")'
+
+    return re.sub(r"url\(([^)]+)\)", rewrite, css)
+
+
+def icon_faces(fonts: Path, css: str, static: Path) -> str:
+    """Write fonts with the icons that ``css`` names; return their @font-face rules."""
+    logging.getLogger("fontTools").setLevel(logging.WARNING)
+    codes = {int(code, 16) for code in re.findall(r"\\(f[0-9a-f]{3}|[0-9a-f]{2})\b", css)}
+    codes |= {ord(char) for char in css if char >= "\ue000"}
+    rules = []
+    for stem, style in FACES.items():
+        font = ttLib.TTFont(fonts / f"{stem}.ttf")
+        present = codes & set(font.getBestCmap())
+        if not present:
+            continue
+        cutter = subset.Subsetter(subset.Options(desubroutinize=True))
+        cutter.populate(unicodes=present)
+        cutter.subset(font)
+        font.flavor = "woff"
+        font.save(static / f"icons-{style}.woff")
+        family = "Font Awesome 6 Brands" if style == "brands" else "Font Awesome 6 Free"
+        weight = 900 if style == "solid" else 400
+        rules.append(
+            f'@font-face{{font-family:"{family}";font-style:normal;font-weight:{weight};'
+            f'font-display:block;src:url("icons-{style}.woff") format("woff")}}'
+        )
+    return "\n".join(rules)
+
+
+def slim(site: Path, sheets: Sequence[str]) -> None:
+    """Write ``_static/site.css`` from ``sheets`` (paths under _static) and remove what it replaces."""
+    static = site / "_static"
+    used = names_in_use(site)
+    fonts = next(static.glob("vendor/fontawesome/*/webfonts"))
+    icons = next(static.glob("vendor/fontawesome/*/css/all.min.css"))
+    order = ["basic.css", "styles/bootstrap.css", "styles/pydata-sphinx-theme.css"]
+    paths = [*(static / name for name in order), icons, *(static / name for name in sheets)]
+    parts = []
+    for path in paths:
+        rules = tinycss2.parse_stylesheet(path.read_text(), skip_comments=True, skip_whitespace=True)
+        parts.append(inline_urls(purge(rules, used), path.parent, static))
+    css = "\n".join(parts)
+    faces = icon_faces(fonts, css, static)
+    (static / "site.css").write_text(f'@charset "utf-8";\n{faces}\n{css}')
+    for path in paths:
+        path.unlink(missing_ok=True)
+    shutil.rmtree(static / "vendor")
+    for leftover in (*static.rglob("*.map"), *static.rglob("*.scss")):
+        leftover.unlink()
