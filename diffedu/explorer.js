@@ -30,6 +30,7 @@
     shown[theme] = next;
   }
 
+  let later = 0;
   function update() {
     const where = position();
     const frame = index(where);
@@ -46,7 +47,8 @@
       else next.decode().catch(() => {}).then(() => index(position()) === frame && put(theme, frame));
     }
     if (caption.textContent !== captions[frame]) caption.textContent = captions[frame];
-    prepare(where);
+    clearTimeout(later);
+    later = setTimeout(prepare, 0, where); // after this picture is painted
   }
 
   // The pictures one step away are decoded before the key is pressed.
