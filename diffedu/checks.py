@@ -9,19 +9,25 @@ import torch
 from torch import Tensor
 
 
-def per_sample(t: float | Tensor, x: Tensor) -> float | Tensor:
-    """A time (or any coefficient), shaped so that it broadcasts over the data dimensions of x.
+def per_sample(c: float | Tensor, x: Tensor) -> float | Tensor:
+    """A coefficient c(t), such as alpha, made to broadcast over the data dimensions of x.
 
-    t: float, 0-dim or (B,). x: (B, *). Returns t itself where it is one number, else (B, 1, ..., 1).
-    Raises ValueError for any other shape.
+    c: float, 0-dim or (B,). x: (B, *). A float comes back as it is; a tensor in the dtype and on the device
+    of x, which the product with x so keeps, a (B,) one as (B, 1, ..., 1). Raises ValueError for any other
+    shape and for an x that is not floating.
     """
-    if not isinstance(t, Tensor) or t.ndim == 0:
-        return t
-    if t.ndim != 1 or len(t) != len(x):
+    if not x.is_floating_point():
+        raise ValueError(f"x must be a floating tensor; got dtype {x.dtype}")
+    if not isinstance(c, Tensor):
+        return c
+    if c.ndim == 0:
+        return c.to(x)
+    if c.ndim != 1 or x.ndim == 0 or len(c) != len(x):
         raise ValueError(
-            f"t must be one number or of shape ({len(x)},), one time per sample; got {tuple(t.shape)}"
+            f"t must be one number or of shape (B,), one time per sample of x {tuple(x.shape)}; "
+            f"got {tuple(c.shape)}"
         )
-    return t.reshape(-1, *[1] * (x.ndim - 1))
+    return c.to(x).reshape(-1, *[1] * (x.ndim - 1))
 
 
 def require_count(name: str, n: object, least: int = 1) -> int:
@@ -31,22 +37,25 @@ def require_count(name: str, n: object, least: int = 1) -> int:
     return int(n)
 
 
+def _rounding(bound: float, eps: float) -> float:
+    """How far arithmetic in a dtype of this eps may carry a time past a bound that it should not pass."""
+    return eps * abs(bound) + min(max(2 * eps, 1e-12), 1e-6)
+
+
 def in_interval(t: float | Tensor, low: float, high: float, name: str) -> float | Tensor:
     """Refuse what lies outside [low, high]; what is outside by rounding alone is put on the end."""
     if isinstance(t, Tensor):
         if not t.is_floating_point():
             raise ValueError(f"{name} must be a float or a floating tensor; got dtype {t.dtype}")
-        slack = 2 * torch.finfo(t.dtype).eps
-        inside = (t >= low - slack * max(1, abs(low))) & (t <= high + slack * max(1, abs(high)))
+        eps = torch.finfo(t.dtype).eps
+        u = t.to(torch.float32 if t.device.type == "mps" else torch.float64)
+        inside = (u >= low - _rounding(low, eps)) & (u <= high + _rounding(high, eps))
         if not bool(inside.all()):  # also refuses nan
-            raise ValueError(
-                f"{name} must lie in [{low:g}, {high:g}]; got values from {t.min():g} to {t.max():g}"
-            )
-        work = torch.float32 if t.device.type == "mps" else torch.float64
-        return t.to(work).clamp(low, high)
+            raise ValueError(f"{name} must lie in [{low:g}, {high:g}]; got {float(u[~inside][0])!r}")
+        return u.clamp(low, high)
     if isinstance(t, bool) or not isinstance(t, (int, float)):
         raise ValueError(f"{name} must be a float or a floating tensor; got {t!r}")
-    if not low - 1e-12 * max(1, abs(low)) <= t <= high + 1e-12 * max(1, abs(high)):
+    if not low - _rounding(low, 1e-15) <= t <= high + _rounding(high, 1e-15):
         raise ValueError(f"{name} must lie in [{low:g}, {high:g}]; got {t!r}")
     return min(max(float(t), low), high)
 
@@ -63,14 +72,14 @@ def require_state(x: object, name: str = "x") -> None:
 
 def require_times(ts: Tensor | Sequence[float], low: float, high: float, descending: bool) -> list[float]:
     """The times as floats, or an error unless two or more, strictly monotone and in [low, high]."""
-    if isinstance(ts, Tensor) and ts.ndim != 1:
-        raise ValueError(f"ts must be one row of times; got the shape {tuple(ts.shape)}")
-    rounding = torch.finfo(ts.dtype).eps if isinstance(ts, Tensor) and ts.is_floating_point() else 1e-12
-    values = [float(t) for t in ts]
+    if isinstance(ts, (int, float)) or (isinstance(ts, Tensor) and ts.ndim != 1):
+        raise ValueError(f"ts must be one row of times, two or more; got {ts!r}")
+    eps = torch.finfo(ts.dtype).eps if isinstance(ts, Tensor) and ts.is_floating_point() else 1e-15
+    values = [float(t) for t in (ts.tolist() if isinstance(ts, Tensor) else ts)]
     if len(values) < 2:
         raise ValueError(f"ts must hold two times or more; got {values}")
     for t in values:
-        if not low - rounding <= t <= high + rounding:  # also refuses nan
+        if not low - _rounding(low, eps) <= t <= high + _rounding(high, eps):  # also refuses nan
             raise ValueError(f"times must lie in [t_min, t_max] = [{low:g}, {high:g}]; got {t!r}")
     values = [min(max(t, low), high) for t in values]  # rounding alone is put on the end
     for t, s in pairwise(values):

@@ -1,5 +1,6 @@
 """One prediction, four readings: x0, eps, score, v; and the denoisers that make it."""
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -100,13 +101,9 @@ class NetDenoiser:
         """The network's prediction at x (B, *) and t: float, 0-dim or (B,)."""
         if x.ndim < 2:
             raise ValueError(f"x must be of shape (B, *); got {tuple(x.shape)}")
-        coefficient = per_sample(t, x)
-        alpha, sigma = self.schedule.alpha(coefficient), self.schedule.sigma(coefficient)
+        alpha, sigma = per_sample(self.schedule.alpha(t), x), per_sample(self.schedule.sigma(t), x)
         lam = self.schedule.lam(t)
-        if not isinstance(lam, Tensor):
-            lam = x.new_full((len(x),), lam)
-        elif lam.ndim == 0:
-            lam = lam.to(x).expand(len(x))
+        lam = lam.to(x).expand(len(x)) if isinstance(lam, Tensor) else x.new_full((len(x),), lam)
         value = self.net(x, lam)
         if value.shape != x.shape:
             raise ValueError(
@@ -137,7 +134,7 @@ class Guided:
     """Classifier-free guidance: unconditional + weight (conditional - unconditional).
 
     weight 0 is the unconditional model, 1 the conditional one. Raises ValueError if the two denoisers'
-    schedules differ. Source: Ho & Salimans 2022 (their w is weight - 1).
+    schedules differ or the weight is not finite. Source: Ho & Salimans 2022 (their w is weight - 1).
     """
 
     def __init__(self, conditional: Denoiser, unconditional: Denoiser, weight: float) -> None:
@@ -146,6 +143,8 @@ class Guided:
                 "the two denoisers must share one schedule; got "
                 f"{conditional.schedule} and {unconditional.schedule}"
             )
+        if not math.isfinite(weight):
+            raise ValueError(f"the guidance weight must be a finite number; got {weight!r}")
         self.conditional, self.unconditional, self.weight = conditional, unconditional, weight
         self.schedule = conditional.schedule
         self.calls = calls_per_evaluation(conditional) + calls_per_evaluation(unconditional)

@@ -22,6 +22,11 @@ class GaussianMixture:
         for name, value in (("weights", weights), ("means", means), ("covs", covs)):
             if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} must be finite floats; got {value}")
+        if not weights.dtype == means.dtype == covs.dtype:
+            raise ValueError(
+                "weights, means and covs must have one dtype; got "
+                f"{weights.dtype}, {means.dtype}, {covs.dtype}"
+            )
         k, d = means.shape if means.ndim == 2 else (-1, -1)
         if weights.shape != (k,) or covs.shape != (k, d, d):
             raise ValueError(
@@ -29,10 +34,11 @@ class GaussianMixture:
                 f"{tuple(weights.shape)}, {tuple(means.shape)}, {tuple(covs.shape)}"
             )
         tolerance = 100 * torch.finfo(weights.dtype).eps
-        if bool((weights < 0).any()) or abs(float(weights.sum()) - 1) > tolerance * math.sqrt(k):
+        excess = float(weights.sum()) - 1
+        if bool((weights < 0).any()) or abs(excess) > tolerance * math.sqrt(k):
             raise ValueError(
-                f"weights must be non-negative and sum to 1; got {weights.tolist()[:8]}, "
-                f"sum {float(weights.sum()):.8g}"
+                "weights must be non-negative and sum to 1; got a smallest of "
+                f"{float(weights.min()) if k else math.nan:.3g} and the sum 1 {excess:+.3g}"
             )
         variances, axes = torch.linalg.eigh(covs)
         asymmetry = float((covs - covs.mT).abs().max())
@@ -108,8 +114,7 @@ class ExactDenoiser:
     def __call__(self, x: Tensor, t: float | Tensor) -> Prediction:
         """The prediction at x (B, D) and t: float, 0-dim or (B,)."""
         self.schedule.lam(t)  # refuses times at which a denoiser is not defined
-        c = per_sample(t, x)
-        alpha, sigma = self.schedule.alpha(c), self.schedule.sigma(c)
+        alpha, sigma = per_sample(self.schedule.alpha(t), x), per_sample(self.schedule.sigma(t), x)
         return Prediction(x, alpha, sigma, "score", self.law.noised_score(x, alpha, sigma))
 
 
@@ -118,6 +123,7 @@ class EmpiricalDenoiser:
     """The exact prediction for data that is one of n given points (n, D), each equally likely.
 
     x0 is the softmax-weighted mean of the points (Karras et al. 2022, eq. 57): it memorises the data.
+    Raises ValueError where sigma = 0.
     """
 
     points: Tensor
@@ -135,8 +141,9 @@ class EmpiricalDenoiser:
         if x.ndim != 2 or x.shape[1] != self.points.shape[1]:
             raise ValueError(f"x must be of shape (B, {self.points.shape[1]}); got {tuple(x.shape)}")
         self.schedule.lam(t)
-        c = per_sample(t, x)
-        alpha, sigma = self.schedule.alpha(c), self.schedule.sigma(c)
+        alpha, sigma = per_sample(self.schedule.alpha(t), x), per_sample(self.schedule.sigma(t), x)
+        if bool((sigma == 0).any()) if isinstance(sigma, Tensor) else sigma == 0:
+            raise ValueError(f"the posterior of a point cloud needs sigma > 0; got t = {t!r}")
         points = self.points.to(x)
         # |x - alpha p|^2 less the part that does not depend on p, which the softmax ignores
         squared = alpha**2 * (points * points).sum(-1) - 2 * alpha * (x @ points.mT)

@@ -58,8 +58,8 @@ def dsm_loss(denoiser: Denoiser, x0: Tensor, t: float | Tensor, eps: Tensor, wei
         raise ValueError(f"weight must be one of {KINDS}; got {weight!r}")
     if x0.shape != eps.shape:
         raise ValueError(f"x0 and eps must have one shape; got {tuple(x0.shape)}, {tuple(eps.shape)}")
-    c, schedule = per_sample(t, x0), denoiser.schedule
-    alpha, sigma = schedule.alpha(c), schedule.sigma(c)
+    schedule = denoiser.schedule
+    alpha, sigma = per_sample(schedule.alpha(t), x0), per_sample(schedule.sigma(t), x0)
     x_t = alpha * x0 + sigma * eps
     match weight:
         case "eps":

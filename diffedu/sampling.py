@@ -49,8 +49,12 @@ def prior(
 ) -> Tensor:
     """Draws from N(0, sigma(t_max)^2 I), the law from which sampling starts: a tensor of `shape`.
 
+    On the device asked for, else the generator's, else torch's default.
+
     Equations: eq-vp-prior
     """
+    if device is None and generator is not None:
+        device = generator.device
     z = torch.randn(*shape, generator=generator, dtype=dtype, device=device)
     return schedule.sigma(schedule.t_max) * z
 

@@ -80,9 +80,14 @@ class Schedule(ABC):
 
     def t_of_lam(self, lam: T) -> T:
         """The time in [t_min, t_max] whose half log-SNR is lam; ValueError where there is none."""
-        t = self._evaluate(self._t_of_lam, lam, self.lam(self.t_max), self.lam(self.t_min), "lam")
-        if isinstance(t, Tensor):
-            return cast(T, t.clamp(self.t_min, self.t_max))
+        low, high = self.lam(self.t_max), self.lam(self.t_min)
+        t = self._evaluate(self._t_of_lam, lam, low, high, "lam")
+        # The ends come back exactly, also where lam is infinite there.
+        if isinstance(t, Tensor) and isinstance(lam, Tensor):
+            inside = t.clamp(self.t_min, self.t_max).masked_fill(lam >= high, self.t_min)
+            return cast(T, inside.masked_fill(lam <= low, self.t_max))
+        if lam >= high or lam <= low:
+            return cast(T, float(self.t_min if lam >= high else self.t_max))
         return cast(T, min(max(t, self.t_min), self.t_max))
 
     def grid(self, n: int, spacing: str | float = "lam") -> Tensor:

@@ -246,7 +246,7 @@ class Custom(Schedule):
 
 
 def _derivative(formula: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    with torch.enable_grad():
-        u = t.detach().requires_grad_(True)
+    with torch.inference_mode(False), torch.enable_grad():  # whatever mode the caller is in
+        u = t.detach().clone().requires_grad_(True)
         (slope,) = torch.autograd.grad((formula(u) + 0 * u).sum(), u)  # 0 * u: constants are fine
     return slope

@@ -20,13 +20,12 @@ def randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 def perturb(schedule: Schedule, x0: Tensor, t: float | Tensor, eps: Tensor) -> Tensor:
     """x_t = alpha_t x0 + sigma_t eps, all (B, *); t float, 0-dim or (B,). Equations: eq-kernel, eq-noising"""
-    c = per_sample(t, x0)
-    return schedule.alpha(c) * x0 + schedule.sigma(c) * eps
+    return per_sample(schedule.alpha(t), x0) * x0 + per_sample(schedule.sigma(t), x0) * eps
 
 
 def forward_drift(schedule: Schedule, x: Tensor, t: float | Tensor) -> Tensor:
     """The drift f(t) x of the forward SDE, (B, *) (Song et al. 2021). Equations: eq-linear-sde"""
-    return schedule.f(per_sample(t, x)) * x
+    return per_sample(schedule.f(t), x) * x
 
 
 def reverse_drift(denoiser: Denoiser, x: Tensor, t: float | Tensor, eta: float = 1.0) -> Tensor:
@@ -36,15 +35,16 @@ def reverse_drift(denoiser: Denoiser, x: Tensor, t: float | Tensor, eta: float =
     Raises ValueError for eta < 0. Source: Anderson 1982; Song et al. 2021, eq. 6 and 13.
     """
     require_eta(eta)
-    c, schedule = per_sample(t, x), denoiser.schedule
-    return schedule.f(c) * x - 0.5 * (1 + eta**2) * schedule.g2(c) * denoiser(x, t).score
+    f, g2 = per_sample(denoiser.schedule.f(t), x), per_sample(denoiser.schedule.g2(t), x)
+    return f * x - 0.5 * (1 + eta**2) * g2 * denoiser(x, t).score
 
 
 class BrownianPath:
     """A Brownian path on [0, 1], shape `shape`, known at k/n and refined by Brownian bridges on demand.
 
-    `increment(t, s)` is W_s - W_t. Increments over adjoining intervals add up exactly as one increment over
-    both, whatever has been asked before. Raises ValueError outside [0, 1]. Equations: eq-forward-sde
+    `increment(t, s)` is W_s - W_t. A value once asked for never changes, so increments over adjoining
+    intervals add up to the increment over both, to rounding, whatever was asked between.
+    Raises ValueError outside [0, 1]. Equations: eq-forward-sde
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class BrownianPath:
         dtype: torch.dtype = torch.float64,
     ) -> None:
         require_count("n", n)
-        self.generator = generator
+        self.generator, self.shape = generator, torch.Size(shape)
         device = generator.device if generator is not None else None
         steps = torch.randn(n, *shape, dtype=dtype, device=device, generator=generator)
         self._times = [k / n for k in range(n + 1)]
@@ -94,10 +94,13 @@ def euler_maruyama(
 
     x <- x + f(t) x dt + g(t) dw; dw comes from `path` if given, else from `generator`. Strong and weak
     order 1 (the noise is additive). Source: Kloeden & Platen 1992, 9.1.
-    Raises ValueError for times that do not ascend within [t_min, t_max] and for states that are not finite.
+    Raises ValueError for times that do not ascend within [t_min, t_max], for states that are not finite and
+    for a path of another shape than x0.
     Equations: eq-euler-maruyama, eq-markov-chain
     """
     require_state(x0, "x0")
+    if path is not None and path.shape != x0.shape:
+        raise ValueError(f"the path must have the shape of x0, {tuple(x0.shape)}; got {tuple(path.shape)}")
     times = require_times(ts, schedule.t_min, schedule.t_max, descending=False)
     x = x0
     for t, s in pairwise(times):

@@ -36,6 +36,8 @@ def _euler_coefficients(schedule: Schedule, ts: Sequence[float], eta: float) -> 
         dt, f, g2, sigma = s - t, schedule.f(t), schedule.g2(t), schedule.sigma(t)
         if sigma == 0:
             raise ValueError(f"the score is undefined where sigma = 0; got a step from t = {t!r}")
+        if not (math.isfinite(f) and math.isfinite(g2)):
+            raise ValueError(f"f and g^2 must be finite; got f = {f}, g^2 = {g2} at t = {t!r}")
         noise = eta * math.sqrt(g2 * abs(dt))
         records.append(Affine(t, 1 + f * dt, 0.5 * (1 + eta**2) * g2 / sigma * dt, noise))
     return records

@@ -152,10 +152,10 @@ class _Run:
                 f"{path} was made with the recipe {recipe}, this run has {asdict(self.recipe)}: "
                 "use that recipe or another file"
             )
-        shapes = {k: tuple(v.shape) for k, v in self.net.state_dict().items()}
-        found = {k[4:]: tuple(v.shape) for k, v in state.items() if k.startswith("net.")}
+        shapes = {k: (tuple(v.shape), v.dtype) for k, v in self.net.state_dict().items()}
+        found = {k[4:]: (tuple(v.shape), v.dtype) for k, v in state.items() if k.startswith("net.")}
         if found != shapes:
-            raise ValueError(f"{path} holds a network of shapes {found}; this one has {shapes}")
+            raise ValueError(f"{path} holds a network of {found}; this one has {shapes}: use another file")
         self.net.load_state_dict({k: state[f"net.{k}"] for k in shapes})
         self.average.load_state_dict({k: state[f"ema.{k}"] for k in shapes})
         self.optimiser.load_state_dict(
