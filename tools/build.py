@@ -95,7 +95,7 @@ def execute_all(notebooks: list[Path], caches: Path) -> Path:
     from jupyter_cache import get_cache
 
     os.environ["DIFFEDU_PAGE"] = "1"
-    os.environ.update({name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")})
+    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
     folder = caches / digest(outside_the_cells())
     for old in caches.glob("*"):
         if old != folder:
