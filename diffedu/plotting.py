@@ -156,7 +156,8 @@ def page_image(source: str, alt: str, theme: str, size: tuple[int, int]) -> str:
 PAGE_STYLE = (
     "<style>.cell_output .output:has(.de-figure){background:none!important;padding:0!important}"
     ".de-figure img{display:block;max-width:100%;height:auto;margin:0 auto!important;"
-    "padding:0!important;background:none!important}</style>"
+    "padding:0!important;background:none!important}"
+    "html:not([data-theme=dark]) .de-figure .only-dark{display:none}</style>"
 )
 
 
