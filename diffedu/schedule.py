@@ -52,11 +52,11 @@ class Schedule(ABC):
     def _t_of_lam(self, m: ModuleType, lam: Any) -> Any: ...
 
     def alpha(self, t: T) -> T:
-        """Amplitude of the signal at time t in [0, 1]. Equations: eq-kernel"""
+        """Amplitude of the signal at time t in [0, 1]. Equations: eq-kernel, eq-mean-ode"""
         return self._evaluate(self._alpha, t, 0.0, 1.0)
 
     def sigma(self, t: T) -> T:
-        """Standard deviation of the noise at time t in [0, 1]. Equations: eq-kernel"""
+        """Standard deviation of the noise at time t in [0, 1]. Equations: eq-kernel, eq-variance-ode"""
         return self._evaluate(self._sigma, t, 0.0, 1.0)
 
     def lam(self, t: T) -> T:

@@ -53,7 +53,7 @@ class _LinearBeta(Schedule):
 class VP(_LinearBeta):
     """Variance preserving: dx = -beta x / 2 dt + sqrt(beta) dw, beta linear in t.
 
-    Source: Song et al. 2021, eq. 11. Equations: eq-vp-sde, eq-vp-coefficients
+    Source: Song et al. 2021, eq. 11. Equations: eq-vp-sde, eq-vp-coefficients, eq-variance-preserving
     """
 
     def _sigma(self, m: ModuleType, t: Any) -> Any:

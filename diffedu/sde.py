@@ -96,7 +96,7 @@ def euler_maruyama(
     order 1 (the noise is additive). Source: Kloeden & Platen 1992, 9.1.
     Raises ValueError for times that do not ascend within [t_min, t_max], for states that are not finite and
     for a path of another shape than x0.
-    Equations: eq-euler-maruyama, eq-markov-chain
+    Equations: eq-integral-form, eq-euler-maruyama, eq-markov-chain
     """
     require_state(x0, "x0")
     if path is not None and path.shape != x0.shape:

@@ -226,7 +226,7 @@ def test_noising_in_one_step():
 @pytest.mark.equation("eq-snr")
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda s: type(s).__name__)
 def test_snr(schedule):
-    n, t = 40_000, 0.3
+    n, t = 40_000, 0.15
     x0 = unit_data(n)
     noise = perturb(schedule, x0, t, torch.randn(n, 1, dtype=torch.float64, generator=generator(9)))
     noise = noise - schedule.alpha(t) * x0
