@@ -117,9 +117,8 @@ class StepExplorer:
         import ipywidgets as w
 
         inputs = [control.widget(k) for control, k in zip(self.controls, self._start, strict=True)]
-        width = "100%"
-        image = w.Image(format="png", layout=w.Layout(width=width, max_width="760px"))
-        caption = w.HTML(layout=w.Layout(width=width))
+        image = w.Image(format="png", layout=w.Layout(width="100%"))  # JupyterLab needs a width
+        caption = w.HTML(layout=w.Layout(width="100%"))
 
         def update(change: Any = None) -> None:
             where = tuple(each.index for each in inputs)
@@ -131,6 +130,8 @@ class StepExplorer:
         for each in inputs:
             each.observe(update, "index")
         update()
+        assert self._size is not None
+        image.layout.max_width = f"{self._size[0]}px"
         rows: list[Any] = []
         for control, each in zip(self.controls, inputs, strict=True):
             row = [each]

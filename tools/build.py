@@ -48,7 +48,8 @@ def digest(files: Iterable[Path]) -> str:
 def outside_the_cells() -> list[Path]:
     """What a notebook's outputs depend on besides its own cells."""
     data = (f for kind in ("csv", "json", "npz") for f in (ROOT / "book").glob(f"*.{kind}"))
-    return [*(ROOT / "diffedu").rglob("*.py"), ROOT / "requirements.txt", *data]
+    package = (f for kind in ("py", "js", "css") for f in (ROOT / "diffedu").rglob(f"*.{kind}"))
+    return [*package, ROOT / "requirements.txt", *data]
 
 
 def everything() -> list[Path]:

@@ -37,7 +37,7 @@ def commands(fast: bool) -> dict[str, list[list[str]]]:
         "Unit tests": [[*pytest, "tests", *without_site, *marks]],
         "Notebooks, cell by cell": [[*pytest, *notebooks, "-o", "filterwarnings=default", "book"]],
         "The book": [[sys.executable, "tools/build.py", "book"]],
-        "The site": [[*pytest, *site_tests]],
+        "The site": [[*pytest, "--dist=loadgroup", *site_tests]],
     }
 
 

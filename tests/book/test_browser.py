@@ -5,7 +5,6 @@ Every page is loaded once at each width; its tests share that load.
 
 import os
 import re
-import shutil
 import statistics
 import threading
 from functools import partial
@@ -15,19 +14,15 @@ from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import pytest
+from axe_playwright_python.base import AXE_SCRIPT
+from playwright.sync_api import sync_playwright
 
-sync_api = pytest.importorskip("playwright.sync_api")
-axe_core = pytest.importorskip("axe_playwright_python.base")
+from browser import FLAGS, HOW_TO_INSTALL, find_browser
 
 SITE = Path(os.environ.get("DIFFEDU_SITE", Path(__file__).parents[2] / "_build" / "html"))
 PAGES = [page.stem for page in sorted(SITE.glob("book/*.html"))] or ["tour"]
 WIDTHS = (1280, 390)
 THEMES = ("light", "dark")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
-FLAGS = (
-    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-)
 STANDARDS = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]
 THEME_RULES = ["color-contrast", "link-in-text-block"]
 
@@ -103,14 +98,11 @@ def site():
 
 @pytest.fixture(scope="session")
 def browser():
-    path = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if path is None:
-        pytest.fail(
-            f"No browser found; looked for {', '.join(BROWSERS)}. On Debian and Ubuntu: apt-get "
-            "install chromium. `make test-fast` leaves the browser out."
-        )
-    with sync_api.sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS.split())
+    path = find_browser()
+    if not path:
+        pytest.fail(HOW_TO_INSTALL)
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=path, args=FLAGS)
         yield chromium
         chromium.close()
 
@@ -136,7 +128,11 @@ def width(request):
     return request.param
 
 
-@pytest.fixture(scope="module", params=PAGES)
+# Under pytest-xdist (--dist=loadgroup) the tests of a page stay together.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in PAGES],
+)
 def visit(request, width, site, browser):
     seen = open_page(browser, f"{site}/book/{request.param}.html", width)
     yield seen
@@ -209,7 +205,7 @@ def test_axe_finds_no_violation(visit, theme):
     page.evaluate("theme => { document.documentElement.dataset.theme = theme }", theme)
     page.add_style_tag(content="* { transition: none !important; }")
     if not page.evaluate("'axe' in window"):
-        page.evaluate(axe_core.AXE_SCRIPT)
+        page.evaluate(AXE_SCRIPT)
     rules = STANDARDS if theme == "light" else THEME_RULES  # the others see no colours
     options = {"runOnly": rules, "resultTypes": ["violations"]}
     found = page.evaluate("options => axe.run(options).then((r) => r.violations)", options)
@@ -257,7 +253,7 @@ def test_a_page_is_ready_in_time(browser, site, explorer_page):
     medians = []
     for _ in range(ROUNDS):
         times = []
-        for _ in range(5):
+        for _ in range(3):
             seen = open_page(browser, f"{site}/book/{explorer_page}.html", script=READY)
             ready = seen.page.wait_for_function("window.ready", timeout=5000)
             times.append(ready.json_value() / 1000)
