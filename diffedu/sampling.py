@@ -73,7 +73,8 @@ def trajectory(
     """
     require_state(x)
     times = require_times(ts, denoiser.schedule.t_min, denoiser.schedule.t_max, descending=True)
-    return _run(Counted(denoiser), solver, x, times, generator)
+    records = solver.coefficients(denoiser.schedule, times)  # here, so that a bad grid is refused at once
+    return _run(Counted(denoiser), solver, x, times, records, generator)
 
 
 def sample(
@@ -96,7 +97,8 @@ def encode(denoiser: Denoiser, solver: Solver, x: Tensor, ts: Tensor | Sequence[
         raise ValueError(f"encode needs a deterministic solver (eta = 0); got {solver}")
     require_state(x)
     times = require_times(ts, denoiser.schedule.t_min, denoiser.schedule.t_max, descending=False)
-    return _last(_run(Counted(denoiser), solver, x, times, None))
+    records = solver.coefficients(denoiser.schedule, times)
+    return _last(_run(Counted(denoiser), solver, x, times, records, None))
 
 
 @torch.no_grad()
@@ -105,6 +107,7 @@ def _run(
     solver: Solver,
     x: Tensor,
     times: list[float],
+    records: Sequence[Any],
     generator: torch.Generator | None,
 ) -> Iterator[Step]:
     def noise() -> Tensor:
@@ -112,7 +115,6 @@ def _run(
 
     yield Step(x, times[0], 0)
     state = None
-    records = solver.coefficients(denoiser.schedule, times)
     for c, s in zip(records, times[1:], strict=True):
         x, state = solver.step(denoiser, x, c, state, noise)
         yield Step(x, s, denoiser.nfe)

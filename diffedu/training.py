@@ -158,11 +158,13 @@ class _Run:
             raise ValueError(f"{path} holds a network of {found}; this one has {shapes}: use another file")
         self.net.load_state_dict({k: state[f"net.{k}"] for k in shapes})
         self.average.load_state_dict({k: state[f"ema.{k}"] for k in shapes})
+        moments = ("step", "exp_avg", "exp_avg_sq")
         self.optimiser.load_state_dict(
             {
                 "state": {
-                    i: {k: state[f"adam.{i}.{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+                    i: {k: state[f"adam.{i}.{k}"] for k in moments}
                     for i, _ in enumerate(self.net.parameters())
+                    if f"adam.{i}.step" in state  # a frozen parameter has none
                 },
                 "param_groups": self.optimiser.state_dict()["param_groups"],
             }

@@ -1,0 +1,162 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from problems import (
+    MAIN,
+    asym3,
+    asym3_reference,
+    exact,
+    flow,
+    gaussian,
+    mix,
+    point_mass,
+    propagate,
+    within,
+)
+from scipy.stats import kstest, norm
+
+from diffedu.metrics import empirical_order
+from diffedu.sampling import sample
+from diffedu.schedules import VE, VP, Cosine
+from diffedu.sde import reverse_drift
+from diffedu.solvers import Ancestral, Euler, EulerMaruyama, ReverseDiffusion
+
+MEAN, STD = 0.5, 0.7
+
+
+def moment_errors(solver, schedule, n, end=None):
+    """Distance of the moments after n steps (t grid, from the exact law at t_max) from the exact ones."""
+    end = schedule.t_min if end is None else end
+    law, denoiser = gaussian(MEAN, STD), exact(gaussian(MEAN, STD), schedule)
+    ts = torch.linspace(schedule.t_max, end, n + 1, dtype=torch.float64).clamp(end, schedule.t_max)
+    first, last = law.marginal(schedule, schedule.t_max), law.marginal(schedule, end)
+    mean, variance = propagate(solver, denoiser, ts, float(first.means), float(first.covs))
+    return abs(mean - float(last.means)), abs(variance - float(last.covs))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.5])
+def test_the_weak_order_of_the_reverse_sde_is_1(eta):
+    steps = [160, 320, 640]
+    means, variances = zip(*(moment_errors(EulerMaruyama(eta), VP(), n) for n in steps), strict=True)
+    h = [1 / n for n in steps]
+    assert empirical_order(h, means) == pytest.approx(1, abs=0.1)
+    assert empirical_order(h, variances) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("solver", [Ancestral(), ReverseDiffusion()], ids=repr)
+@pytest.mark.parametrize("schedule", [VP(), VE(sigma_max=5.0), Cosine(t_max=0.99)], ids=repr)
+def test_the_chains_run_backward_have_weak_order_1(solver, schedule):
+    steps = [160, 320, 640]
+    means, variances = zip(*(moment_errors(solver, schedule, n) for n in steps), strict=True)
+    for errors in (means, variances):
+        assert errors[-1] < 1e-2
+        if errors[0] > 1e-12:  # VE has no mean error
+            assert empirical_order([1 / n for n in steps], errors) == pytest.approx(1, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["vp", "subvp", "cosine"])
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0, 1.5])
+def test_every_eta_has_the_same_marginals(name, eta, generator):
+    # audit (8): one family, one density. On the line the exact distribution function is known.
+    schedule, law, end, n = MAIN[name], mix(), 0.05, 4000
+    x = law.marginal(schedule, 0.95).sample(n, generator)
+    ts = torch.linspace(0.95, end, 401, dtype=torch.float64)
+    x = sample(exact(law, schedule), EulerMaruyama(eta), x, ts, generator)[:, 0].numpy()
+    there = law.marginal(schedule, end)
+
+    def cdf(v):
+        parts = zip(there.weights, there.means[:, 0], there.covs[:, 0, 0].sqrt(), strict=True)
+        return sum(float(w) * norm.cdf(v, float(m), float(s)) for w, m, s in parts)
+
+    assert kstest(x, cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("schedule", MAIN.values(), ids=MAIN)
+@pytest.mark.parametrize("eta", [0.0, 0.7, 1.0])
+def test_a_step_follows_the_reverse_drift(schedule, eta, generator):
+    denoiser = exact(asym3(), schedule)
+    x = torch.randn(30, 2, dtype=torch.float64, generator=generator)
+    (record,) = EulerMaruyama(eta).coefficients(schedule, [0.5, 0.49])
+    z = torch.randn(30, 2, dtype=torch.float64, generator=generator)
+    got, state = EulerMaruyama(eta).step(denoiser, x, record, None, lambda: z)
+    want = x - 0.01 * reverse_drift(denoiser, x, 0.5, eta) + eta * math.sqrt(schedule.g2(0.5) * 0.01) * z
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    assert state is None
+
+
+def test_without_noise_euler_maruyama_is_euler(generator):
+    x, ts = torch.randn(30, 2, dtype=torch.float64, generator=generator), VP().grid(10)
+    denoiser = exact(asym3(), VP())
+    before = generator.get_state()
+    runs = [sample(denoiser, solver, x, ts, generator) for solver in (Euler(), EulerMaruyama(0.0))]
+    assert torch.equal(*runs)
+    assert torch.equal(generator.get_state(), before)
+    assert (Euler().stochastic, EulerMaruyama(0.0).stochastic, EulerMaruyama().stochastic) == (0, 0, 1)
+    assert EulerMaruyama() == EulerMaruyama(1.0)
+
+
+@pytest.mark.equation("eq-euler")
+def test_the_order_of_euler_is_1():
+    x, reference = asym3_reference()
+    steps, denoiser = [80, 160, 320, 640], exact(asym3(), VP())
+    errors = [
+        float((sample(denoiser, Euler(), x, VP().grid(n, "t")) - reference).norm(dim=1).median())
+        for n in steps
+    ]
+    assert empirical_order([1 / n for n in steps], errors) == pytest.approx(1, abs=0.05)
+    assert Euler().order == 1
+
+
+@pytest.mark.parametrize("name", ["subvp", "ve", "cosine", "custom"])
+@pytest.mark.equation("eq-euler")
+def test_euler_converges_on_every_schedule(name, generator):
+    schedule, law, end = MAIN[name], asym3(), 0.05
+    x = law.marginal(schedule, 0.6).sample(100, generator)
+    reference = torch.from_numpy(flow(law, schedule, x.numpy(), 0.6, end))
+    errors, steps = [], [50, 100, 200]
+    for n in steps:
+        ts = torch.linspace(0.6, end, n + 1, dtype=torch.float64)
+        errors.append(float((sample(exact(law, schedule), Euler(), x, ts) - reference).norm(dim=1).median()))
+    assert empirical_order([1 / n for n in steps], errors) == pytest.approx(1, abs=0.15)
+    assert errors[-1] < 0.05
+
+
+def test_the_reference_agrees_with_a_closed_form():
+    # Gaussian data: the ODE moves every point at a fixed number of standard deviations
+    law, x = gaussian(MEAN, STD, dim=2), np.array([[0.3, -1.0], [2.0, 0.7]])
+    for schedule in MAIN.values():
+        first, last = (law.marginal(schedule, t) for t in (0.9, 0.1))
+        scale = float((last.covs[0, 0, 0] / first.covs[0, 0, 0]).sqrt())
+        want = last.means.numpy() + scale * (x - first.means.numpy())
+        np.testing.assert_allclose(flow(law, schedule, x, 0.9, 0.1), want, rtol=1e-9)
+
+
+def test_simulation_agrees_with_the_exact_moments(generator):
+    # the affine probes of the weak-order tests, against sampling itself
+    schedule, n, draws = VP(), 50, 20_000
+    law = gaussian(MEAN, STD)
+    ts = schedule.grid(n, "t")
+    first = law.marginal(schedule, 1.0)
+    for solver in (EulerMaruyama(), EulerMaruyama(0.5), Ancestral(), ReverseDiffusion()):
+        x = sample(exact(law, schedule), solver, first.sample(draws, generator), ts, generator)
+        mean, variance = propagate(solver, exact(law, schedule), ts, float(first.means), float(first.covs))
+        assert within(x.mean(), mean, math.sqrt(variance / draws))
+        assert within(x.var(), variance, variance * math.sqrt(2 / draws))
+
+
+def test_data_at_one_point_is_found(generator):
+    # the whole reverse SDE, down to t_min: what is left is the noise of t_min
+    for schedule in (VP(), VE()):
+        denoiser = point_mass(schedule, [0.8, -0.3])
+        x = torch.randn(2000, 2, dtype=torch.float64, generator=generator) * schedule.sigma(1.0)
+        x = sample(denoiser, EulerMaruyama(), x, schedule.grid(400), generator)
+        rest = (x - torch.tensor([0.8, -0.3], dtype=torch.float64)) / schedule.sigma(schedule.t_min)
+        assert float(rest.std()) == pytest.approx(1, abs=0.1)
+
+
+def test_a_singular_start_is_refused(generator):
+    x = torch.zeros(2, 2, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"f and g\^2 must be finite; got f = -inf.* at t = 1\.0"):
+        sample(exact(asym3(), Cosine(t_max=1.0)), EulerMaruyama(), x, [1.0, 0.5], generator)
