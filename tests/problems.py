@@ -2,12 +2,12 @@
 
 import math
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import torch
 from scipy.integrate import solve_ivp
 
-from diffedu.denoiser import Prediction
 from diffedu.mixtures import EmpiricalDenoiser, ExactDenoiser, GaussianMixture
 from diffedu.schedules import VE, VP, Cosine, Custom, SubVP
 
@@ -60,6 +60,7 @@ def point_mass(schedule, at):
     return EmpiricalDenoiser(torch.as_tensor(at, dtype=torch.float64)[None], schedule)
 
 
+exact = ExactDenoiser
 LAWS = {"asym3": asym3, "ring8": ring8, "mix": mix, "gaussian": gaussian}
 
 
@@ -100,7 +101,7 @@ def asym3_reference():
 
 
 def affine_step(solver, denoiser, t, s):
-    """(A, c, n) of a step x -> A x + c + n z on the line, found by three probes, where the score is linear."""
+    """(A, c, n) of a step x -> A x + c + n z on the line, where the score is linear: by three probes."""
     probes = torch.tensor([[0.0], [1.0], [-2.0]], dtype=torch.float64)
     (record,) = solver.coefficients(denoiser.schedule, [t, s])
 
@@ -115,7 +116,7 @@ def affine_step(solver, denoiser, t, s):
 
 def propagate(solver, denoiser, ts, mean, variance):
     """Mean and variance after the steps of the grid ts, exactly, for a score that is linear in x."""
-    for t, s in zip(ts[:-1], ts[1:], strict=True):
+    for t, s in pairwise(ts):
         a, c, n = affine_step(solver, denoiser, float(t), float(s))
         mean, variance = a * mean + c, a * a * variance + n * n
     return mean, variance
@@ -125,17 +126,3 @@ def within(value, expected, standard_error, of=4.0):
     """Whether the mean of independent draws agrees with what it should be, to 4 standard errors."""
     gap = (torch.as_tensor(value) - torch.as_tensor(expected)).abs()
     return bool((gap <= of * torch.as_tensor(standard_error)).all())
-
-
-class Fixed:
-    """A denoiser that always predicts the same eps(x, t)."""
-
-    def __init__(self, schedule, eps):
-        self.schedule, self.eps = schedule, eps
-
-    def __call__(self, x, t):
-        return Prediction(x, self.schedule.alpha(t), self.schedule.sigma(t), "eps", self.eps(x, t))
-
-
-def exact(law, schedule):
-    return ExactDenoiser(law, schedule)

@@ -126,7 +126,7 @@ def test_ve_has_no_drift_and_begins_at_sigma_min():
     assert (schedule.sigma(0.0), schedule.sigma(1.0)) == (0.02, pytest.approx(30.0, rel=1e-14))
     assert schedule.sigma(0.5) == pytest.approx(math.sqrt(0.02 * 30.0), rel=1e-14)
     for t in (0.001, 0.4, 1.0):
-        assert schedule.f(t) == 0 and schedule.alpha(t) == 1
+        assert (schedule.f(t), schedule.alpha(t)) == (0, 1)
         slope = (schedule.sigma(min(t + 1e-6, 1.0)) ** 2 - schedule.sigma(t - 1e-6) ** 2) / (
             min(t + 1e-6, 1.0) - (t - 1e-6)
         )
@@ -227,7 +227,7 @@ def test_times_outside_the_domain_are_refused(schedule):
                 with pytest.raises(ValueError, match=r"got 0\.0"):
                     getattr(schedule, name)(torch.tensor([0.5, 0.0], dtype=dtype))
     for name in ("alpha", "sigma"):
-        assert math.isfinite(getattr(schedule, name)(0.0)) and math.isfinite(getattr(schedule, name)(1.0))
+        assert all(math.isfinite(getattr(schedule, name)(end)) for end in (0.0, 1.0))
     with pytest.raises(ValueError, match="lam must lie in"):
         schedule.t_of_lam(schedule.lam(schedule.t_min) + 1e-3)
     with pytest.raises(ValueError, match="lam must lie in"):

@@ -1,4 +1,5 @@
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_refining_a_path_changes_nothing_that_was_asked_before(generator):
     assert torch.equal(known[0.0], torch.zeros(50, 2, dtype=torch.float64))
     whole = path.increment(0.2, 0.61)
     pieces = [0.2, 0.21, 0.25, 0.3333, 0.5, 0.6, 0.61]
-    total = sum(path.increment(t, s) for t, s in zip(pieces[:-1], pieces[1:], strict=True))
+    total = sum(path.increment(t, s) for t, s in pairwise(pieces))
     torch.testing.assert_close(total, whole, rtol=0, atol=1e-14)
     for t, value in known.items():
         assert torch.equal(path(t), value)
@@ -155,7 +156,7 @@ def test_perturb_draws_from_the_kernel(schedule, generator):
 def recursion(schedule, ts, mean, variance):
     """Moments of Euler-Maruyama from probes of single steps with the noises 0 and 1."""
     x = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
-    for t, s in zip(ts[:-1], ts[1:], strict=True):
+    for t, s in pairwise(ts):
         silent, noisy = (euler_maruyama(schedule, x, [t, s], Fixed((2, 1), dw)) for dw in (0.0, 1.0))
         a, g = float(silent[1] - silent[0]), float((noisy - silent)[0])
         mean, variance = a * mean, a * a * variance + g * g * (s - t)
@@ -290,7 +291,7 @@ def test_ncsn_has_the_law_of_its_ladder_at_every_level(generator, global_rng_unt
         assert within(x.mean(), 1, sigma / math.sqrt(draws))
         assert within(x.var(), sigma**2, sigma**2 * math.sqrt(2 / draws))
     # independent increments
-    steps = torch.stack([b - a for a, b in zip(chain[:-1], chain[1:], strict=True)])[..., 0]
+    steps = torch.stack([b - a for a, b in pairwise(chain)])[..., 0]
     correlation = torch.corrcoef(steps) - torch.eye(6)
     assert within(correlation, 0, 1 / math.sqrt(draws))
 
