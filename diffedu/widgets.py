@@ -247,4 +247,5 @@ class _Control:
 
 
 def _asset(name: str) -> str:
-    return files("diffedu").joinpath(name).read_text(encoding="utf-8")
+    text = files("diffedu").joinpath(name).read_text(encoding="utf-8")
+    return "\n".join(line.strip() for line in text.splitlines())
