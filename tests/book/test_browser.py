@@ -210,7 +210,8 @@ def test_axe_finds_no_violation(visit, theme):
     rules = STANDARDS if theme == "light" else THEME_RULES  # the others see no colours
     options = {"runOnly": rules, "resultTypes": ["violations"]}
     found = page.evaluate("options => axe.run(options).then((r) => r.violations)", options)
-    assert [f"{each['id']}, {len(each['nodes'])} times: {describe(each)}" for each in found] == []
+    problems = [f"{each['id']}, {len(each['nodes'])} times: {describe(each)}" for each in found]
+    assert not problems, "\n".join(problems)
 
 
 def describe(violation):
