@@ -19,7 +19,12 @@ def randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
 
 def perturb(schedule: Schedule, x0: Tensor, t: float | Tensor, eps: Tensor) -> Tensor:
-    """x_t = alpha_t x0 + sigma_t eps, all (B, *); t float, 0-dim or (B,). Equations: eq-kernel, eq-noising"""
+    """x_t = alpha_t x0 + sigma_t eps, all (B, *); t float, 0-dim or (B,).
+
+    Raises ValueError for shapes that disagree. Equations: eq-kernel, eq-noising
+    """
+    if eps.shape != x0.shape:
+        raise ValueError(f"eps must have the shape of x0, {tuple(x0.shape)}; got {tuple(eps.shape)}")
     return per_sample(schedule.alpha(t), x0) * x0 + per_sample(schedule.sigma(t), x0) * eps
 
 

@@ -201,6 +201,7 @@ TABLE = {
         "the shape of x0, (4, 2)",
         "(2,)",
     ),
+    "perturb eps": (lambda: perturb(VP(), X, 0.5, X[:1]), "eps must have the shape of x0, (4, 2)", "(1, 2)"),
     "perturb shape": (lambda: perturb(VP(), X, torch.ones(3), X), "one time per sample", "(3,)"),
     "perturb integers": (
         lambda: perturb(VP(), X.long(), 0.5, X),

@@ -27,14 +27,14 @@ def test_the_generator_decides_and_nothing_else(sampler, generator, global_rng_u
 
 def test_the_swiss_roll_is_scikit_learns():
     # the same law: every quantile band of the radius and of both coordinates, by two independent samples
-    n = 10_000
+    n = 3_000
     raw, _ = make_swiss_roll(n, noise=0.5, random_state=1)
     want = torch.from_numpy(raw[:, [0, 2]] / 7).float()
     got = swiss_roll(n, torch.Generator().manual_seed(1))
     assert sliced_w2(got, want) < 4 * floor(swiss_roll_law(), n)
 
 
-def floor(law, n, pairs=6):
+def floor(law, n, pairs=4):
     """Mean sliced W2 of two samples of one law."""
     g = torch.Generator().manual_seed(99)
     return sum(sliced_w2(law.sample(n, g), law.sample(n, g)) for _ in range(pairs)) / pairs
@@ -43,7 +43,7 @@ def floor(law, n, pairs=6):
 @pytest.mark.parametrize("name", LAWS)
 def test_a_sampler_draws_from_its_law(name):
     sampler, law = LAWS[name]
-    law, n, pairs = law(), 4_000, 8
+    law, n, pairs = law(), 2_000, 8
     g = torch.Generator().manual_seed(7)
     x = [sampler(n, g).double() for _ in range(pairs)]
     # sliced W2 at its floor: mean squared distances of law-sampler and law-law pairs agree
