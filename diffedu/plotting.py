@@ -86,7 +86,6 @@ def use_style() -> None:
             "legend.edgecolor": "none",
             "legend.framealpha": 0.8,
             "lines.linewidth": 2.0,
-            "image.cmap": "viridis",
         }
     )
 

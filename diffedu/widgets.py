@@ -109,8 +109,6 @@ class StepExplorer:
             raise ValueError(f"alt must return a sentence, got {alt!r} for {self.values(where)}")
         return alt
 
-    # In Jupyter
-
     @cached_property
     def live(self) -> Any:
         """The explorer as an ipywidgets box; its parts are in `live.children`."""
@@ -142,8 +140,6 @@ class StepExplorer:
             rows.append(w.HBox(row))
         task = [w.HTML(f"<b>{escape(self._task)}</b>")] if self._task else []
         return w.VBox([*task, *rows, image, caption])
-
-    # In the page
 
     @cached_property
     def _page(self) -> str:
