@@ -28,6 +28,7 @@ VERDICTS = {  # code: (in the table, in the legend)
     "text": ("text", "a title, with nothing to judge."),
 }
 STYLE = """<style>
+.equation-map tr { background: none !important; }
 .equation-map td { vertical-align: top; overflow-wrap: anywhere; }
 .equation-map td p { margin: 0; }
 @media (max-width: 800px) {
