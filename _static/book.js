@@ -1,7 +1,7 @@
 // Whatever scrolls sideways must be reachable by keyboard, and nothing else should be a tab stop.
 (() => {
   const mark = () => {
-    for (const box of document.querySelectorAll(".bd-article div.math, .cell_output .output")) {
+    for (const box of document.querySelectorAll(".bd-article div.math, .cell_output .output, .pst-scrollable-table-container")) {
       if (box.scrollWidth > box.clientWidth) box.setAttribute("tabindex", "0");
       else box.removeAttribute("tabindex");
     }

@@ -12,40 +12,34 @@ import importlib.metadata
 import importlib.util
 import platform
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
+from pygments.formatters import HtmlFormatter
+from pygments.token import Token
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinx.highlighting import PygmentsBridge
 
+from mathjax import install
 from slim import slim
 
+PLAIN = {Token.Name, Token.Operator, Token.Punctuation, Token.Text.Whitespace}
 ROOT = Path(__file__).resolve().parent.parent
-MATHJAX = ["core", "input/tex", "output/chtml", "a11y/assistive-mml"]
 UNUSED = re.compile(r"thebe|togglebutton|design-tabs|let toggle", re.IGNORECASE)
 
 
 def use_local_mathjax(app: Sphinx, config: Config) -> None:
-    """Load MathJax by its components: the combined file also holds a menu that no page needs."""
-    config.mathjax_path = "mathjax/startup.js"
-    config.mathjax3_config = {**(config.mathjax3_config or {}), "loader": {"load": MATHJAX}}
+    """Let the pages load the file that `copy_mathjax` writes."""
+    config.mathjax_path = "mathjax/mathjax.js"
 
 
 def copy_mathjax(app: Sphinx, error: Exception | None) -> None:
-    """Copy the parts of MathJax that the pages load."""
+    """Put MathJax into the site, from the installed package."""
     spec = importlib.util.find_spec("sphinx-mathjax-offline")
-    if error or app.builder.format != "html" or spec is None or spec.origin is None:
-        return
-    source = Path(spec.origin).parent / "static" / "mathjax"
-    target = Path(app.outdir) / "_static" / "mathjax"
-    folders = ["output/chtml/fonts", "input/tex/extensions"]
-    for name in ["startup.js", *(f"{part}.js" for part in MATHJAX)]:
-        (target / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / name, target / name)
-    for name in folders:
-        shutil.copytree(source / name, target / name, dirs_exist_ok=True)
+    if not error and app.builder.format == "html" and spec and spec.origin:
+        install(Path(spec.origin).parent / "static" / "mathjax", Path(app.outdir) / "_static" / "mathjax")
 
 
 def leave_align_alone(app: Sphinx, doctree: nodes.document) -> None:
@@ -108,6 +102,13 @@ def slim_site(app: Sphinx, error: Exception | None) -> None:
         slim(Path(app.outdir), list(app.env.__dict__.get("diffedu_sheets", {})))
 
 
+class LeanFormatter(HtmlFormatter):  # type: ignore[misc]  # untyped in some versions
+    """Leave names, operators and punctuation unmarked: most of the markup, and no colour of its own."""
+
+    def _get_css_classes(self, ttype: Any) -> str:
+        return "" if ttype in PLAIN else str(super()._get_css_classes(ttype))
+
+
 def known_slugs() -> set[str]:
     """The slugs in equations.csv: the targets that exist in the book."""
     table = ROOT / "book" / "equations.csv"
@@ -146,6 +147,7 @@ def setup(app: Sphinx) -> dict[str, bool]:
     """Connect the above."""
     from sphinx_exercise.nodes import solution_node
 
+    PygmentsBridge.html_formatter = LeanFormatter
     app.setup_extension("sphinx_exercise")
     app.add_node(solution_node, override=True, html=(visit_solution, depart_solution))
     app.connect("config-inited", use_local_mathjax)

@@ -1,4 +1,4 @@
-"""Make one small stylesheet of the many that a Jupyter Book brings, and an icon font of the icons used.
+"""Slim a built site: one small stylesheet, an icon font of the icons used, trimmed pages.
 
 A default page loads half a megabyte of CSS and an icon font of 1,400 glyphs, of which it uses a
 few per cent. What stays is decided by the built site itself: a rule stays unless each of its selectors
@@ -8,7 +8,7 @@ names a class or id that occurs in no page and no script.
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def names_in_use(site: Path) -> set[str]:
         for script in re.findall(r"<script>(.*?)</script>", text, re.DOTALL):
             used.update(re.findall(r"[\w-]+", script))
     for script_file in site.rglob("*.js"):
-        if "mathjax" not in script_file.parts and script_file.name != "searchindex.js":
+        if not {"mathjax", "vendor", "searchindex.js"} & set(script_file.parts):
             used.update(re.findall(r"[\w-]+", script_file.read_text()))
     return used
 
@@ -40,23 +40,47 @@ def keep(selector: str, used: set[str]) -> bool:
     return used.issuperset(NAME.findall(OPTIONAL.sub("", selector)))
 
 
-def purge(rules: Iterable[Any], used: set[str]) -> str:
-    """The rules that can match something, as CSS text."""
-    out = []
+def purge(css: str, used: set[str], pages: str) -> str:
+    """The rules that can match something, without properties and key frames that nothing refers to."""
+    while True:
+        referred = set(re.findall(r"var\(\s*(--[\w-]+)", css + pages))
+        for animation in re.findall(r"animation(?:-name)?:([^;}]*)", css):
+            referred.update(animation.split())
+        rules = tinycss2.parse_stylesheet(css, skip_comments=True, skip_whitespace=True)
+        fewer = "\n".join(kept_rules(rules, used, referred))
+        if fewer == css:
+            return css
+        css = fewer
+
+
+def kept_rules(rules: Iterable[Any], used: set[str], referred: set[str]) -> Iterator[str]:
+    """The text of those of the rules that stay."""
     for rule in rules:
+        keyword = rule.lower_at_keyword if rule.type == "at-rule" else ""
         if rule.type == "qualified-rule":
             selectors = re.split(r",(?![^()]*\))", tinycss2.serialize(rule.prelude))
             kept = [s.strip() for s in selectors if keep(s, used)]
-            if kept:
-                body = re.sub(r"\s+", " ", tinycss2.serialize(rule.content)).strip()
-                out.append(f"{','.join(kept)}{{{body}}}")
-        elif rule.type == "at-rule" and rule.lower_at_keyword in ("media", "supports"):
-            inner = purge(tinycss2.parse_rule_list(rule.content, True, True), used)
-            if inner:
-                out.append(f"@{rule.at_keyword}{tinycss2.serialize(rule.prelude)}{{{inner}}}")
-        elif rule.type == "at-rule" and rule.lower_at_keyword not in ("charset", "import", "font-face"):
-            out.append(rule.serialize())
-    return "\n".join(out)
+            body = ";".join(declarations(rule.content, referred))
+            if kept and body:
+                yield f"{','.join(kept)}{{{body}}}"
+        elif keyword in ("media", "supports"):
+            inner = tinycss2.parse_rule_list(rule.content, skip_comments=True, skip_whitespace=True)
+            if text := "\n".join(kept_rules(inner, used, referred)):
+                yield f"@{keyword}{tinycss2.serialize(rule.prelude)}{{{text}}}"
+        elif "keyframes" in keyword:
+            if tinycss2.serialize(rule.prelude).strip() in referred:
+                yield rule.serialize()
+        elif keyword not in ("charset", "import", "font-face", ""):
+            yield rule.serialize()
+
+
+def declarations(content: Sequence[Any], referred: set[str]) -> Iterator[str]:
+    """The declarations of a rule but for custom properties that nothing uses."""
+    for item in tinycss2.parse_declaration_list(content, skip_comments=True, skip_whitespace=True):
+        if item.type == "declaration" and (not item.name.startswith("--") or item.name in referred):
+            value = re.sub(r"\s+", " ", tinycss2.serialize(item.value)).strip()
+            important = "!important" if item.important else ""
+            yield f"{item.name}:{value or ' '}{important}"
 
 
 def inline_urls(css: str, folder: Path, static: Path) -> str:
@@ -97,23 +121,37 @@ def icon_faces(fonts: Path, css: str, static: Path) -> str:
     return "\n".join(rules)
 
 
+def trim(page: str) -> str:
+    """A page without repeated styles, deprecated roles, and logos loaded before their menu is opened."""
+    seen: set[str] = set()
+
+    def once(match: re.Match[str]) -> str:
+        first = match[0] not in seen
+        seen.add(match[0])
+        return match[0] if first else ""
+
+    page = re.sub(r"<style>[^<]*</style>", once, page)
+    page = page.replace(' role="doc-biblioentry"', ' role="listitem"')
+    return re.sub(r'<img (?=alt="[^"]* logo")', '<img loading="lazy" ', page)
+
+
 def slim(site: Path, sheets: Sequence[str]) -> None:
     """Write ``_static/site.css`` from ``sheets`` (paths under _static) and remove what it replaces."""
     static = site / "_static"
+    for page in site.rglob("*.html"):
+        page.write_text(trim(page.read_text()))
     used = names_in_use(site)
     fonts = next(static.glob("vendor/fontawesome/*/webfonts"))
     icons = next(static.glob("vendor/fontawesome/*/css/all.min.css"))
     order = ["basic.css", "styles/bootstrap.css", "styles/pydata-sphinx-theme.css"]
     paths = [*(static / name for name in order), icons, *(static / name for name in sheets)]
-    parts = []
-    for path in paths:
-        rules = tinycss2.parse_stylesheet(path.read_text(), skip_comments=True, skip_whitespace=True)
-        parts.append(inline_urls(purge(rules, used), path.parent, static))
-    css = "\n".join(parts)
+    css = "\n".join(inline_urls(path.read_text(), path.parent, static) for path in paths)
+    pages = "".join(file.read_text() for kind in ("*.html", "*.js") for file in site.rglob(kind))
+    css = purge(css, used, pages)
     faces = icon_faces(fonts, css, static)
     (static / "site.css").write_text(f'@charset "utf-8";\n{faces}\n{css}')
     for path in paths:
         path.unlink(missing_ok=True)
     shutil.rmtree(static / "vendor")
-    for leftover in (*static.rglob("*.map"), *static.rglob("*.scss")):
+    for leftover in (f for kind in ("*.map", "*.scss", "*macros.html") for f in static.rglob(kind)):
         leftover.unlink()
