@@ -4,8 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from diffedu.checks import require_eta
@@ -58,3 +59,47 @@ class DDIM:
     ) -> tuple[Tensor, None]:
         """One step over the interval of record c; x (B, *)."""
         return c.apply(denoiser, x, noise), None
+
+
+class Multistep(NamedTuple):
+    """x <- a x + b (x0 + w (x0 - the x0 before))."""
+
+    t: float
+    a: float
+    b: float
+    w: float
+
+
+@dataclass(frozen=True)
+class DPMSolverPP2M:
+    """DPM-Solver++(2M): the linear part exact in the data prediction, its slope from the step before.
+
+    x_s = (sigma_s / sigma_t) x - alpha_s (e^(-h) - 1) D, D = x0 + (h / (2 h_before)) (x0 - x0_before); the
+    first step has D = x0. Order 2. Source: Lu et al. 2022 (DPM-Solver++), algorithm 2.
+    """
+
+    order: ClassVar[float] = 2.0
+    stochastic: ClassVar[bool] = False
+
+    def coefficients(self, schedule: Schedule, ts: Sequence[float]) -> list[Multistep]:
+        """For each interval the numbers of x <- a x + b (x0 + w (x0 - the x0 before))."""
+        records, before = [], math.inf
+        for t, s in pairwise(ts):
+            h = schedule.lam(s) - schedule.lam(t)
+            a, b = schedule.sigma(s) / schedule.sigma(t), -schedule.alpha(s) * math.expm1(-h)
+            records.append(Multistep(t, a, b, h / (2 * before)))
+            before = h
+        return records
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        c: Multistep,
+        state: Tensor | None,
+        noise: Callable[[], Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """One step over the interval of record c; x (B, *); the state is the x0 of the step before."""
+        x0 = denoiser(x, c.t).x0
+        slope = x0 if state is None else torch.lerp(state, x0, 1 + c.w)
+        return torch.add(c.a * x, slope, alpha=c.b), x0
