@@ -17,12 +17,15 @@ from steps import step
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NEED_THE_SITE = ["tests/book/test_links.py", "tests/book/test_browser.py"]
+TIMED = "tests/book/test_browser.py::test_a_page_is_ready_in_time"  # needs the machine for itself
 
 
 def commands(fast: bool) -> dict[str, list[list[str]]]:
     """What is run, under the name that is printed; a name's commands stop at the first failure."""
     pytest = [str(BIN / "pytest"), "--quiet", "--numprocesses=auto"]
     site_tests = NEED_THE_SITE[:1] if fast else NEED_THE_SITE
+    apart = [f"--deselect={TIMED}"]
+    timed = [] if fast else [[str(BIN / "pytest"), "--quiet", TIMED]]
     without_site = [f"--ignore={path}" for path in NEED_THE_SITE]
     cuda = "import sys, torch; sys.exit(not torch.cuda.is_available())"
     marks = [] if subprocess.run([sys.executable, "-c", cuda]).returncode == 0 else ["-m", "not cuda"]
@@ -37,7 +40,7 @@ def commands(fast: bool) -> dict[str, list[list[str]]]:
         "Unit tests": [[*pytest, "tests", *without_site, *marks]],
         "Notebooks, cell by cell": [[*pytest, *notebooks, "-o", "filterwarnings=default", "book"]],
         "The book": [[sys.executable, "tools/build.py", "book"]],
-        "The site": [[*pytest, "--dist=loadgroup", *site_tests]],
+        "The site": [[*pytest, "--dist=loadgroup", *apart, *site_tests], *timed],
     }
 
 
