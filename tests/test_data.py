@@ -69,14 +69,14 @@ def test_a_sampler_draws_from_its_law(name):
 def test_twice_as_many_nodes_change_nothing_where_the_data_lie(law, nodes, generator):
     coarse, fine = law(), law(2 * nodes)
     assert len(fine.weights) == 2 * len(coarse.weights)
-    x = fine.sample(2_000, generator)
+    x = fine.sample(1_000, generator)
     assert float((coarse.log_prob(x) - fine.log_prob(x)).abs().max()) < 1e-9
     assert float((coarse.score(x) - fine.score(x)).abs().max()) < 1e-8
 
 
 def test_the_law_of_the_roll_is_the_integral_over_its_curve():
     law, std = swiss_roll_law(), 0.5 / 7
-    for point in ([0.0, 0.0], [1.2, -0.4], [-0.8, 1.1]):
+    for point in ([0.0, -0.65], [0.05, 2.0], [1.2, -0.4], [-0.8, 1.1]):  # the ends of the curve, two more
 
         def density(u, point=point):
             angle = 1.5 * math.pi * (1 + 2 * u)
