@@ -1,7 +1,8 @@
 // Whatever scrolls sideways must be reachable by keyboard, and nothing else should be a tab stop.
 (() => {
+  const SCROLLING = ".bd-article div.math, .cell_output .output, .pst-scrollable-table-container";
   const mark = () => {
-    for (const box of document.querySelectorAll(".bd-article div.math, .cell_output .output, .pst-scrollable-table-container")) {
+    for (const box of document.querySelectorAll(SCROLLING)) {
       if (box.scrollWidth > box.clientWidth) box.setAttribute("tabindex", "0");
       else box.removeAttribute("tabindex");
     }
