@@ -58,8 +58,12 @@ def make(found: str, wanted: str) -> None:
             shutil.rmtree(VENV, ignore_errors=True)
             sys.exit("This Python cannot make environments. On Debian: apt-get install python3-venv")
     pip = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-    pip += ["--disable-pip-version-check", "--no-input", "-r", "requirements.txt"]
-    if subprocess.run(pip, cwd=ROOT).returncode:
+    pip += ["--disable-pip-version-check", "--no-input", "--no-compile", "-r", "requirements.txt"]
+    try:
+        failed = subprocess.run(pip, cwd=ROOT).returncode
+    except KeyboardInterrupt:
+        sys.exit("Interrupted; the next command makes .venv anew.")
+    if failed:
         sys.exit("Installing requirements.txt failed; pip's message stands above.")
     STAMP.write_text(wanted)
     print(f".venv is ready ({time.monotonic() - start:.0f} s)", flush=True)
