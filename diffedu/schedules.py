@@ -183,12 +183,8 @@ class Custom(Schedule):
         t_min: float = 1e-3,
         t_max: float = 1.0,
     ) -> None:
-        for name, value in (
-            ("alpha_of_t", alpha),
-            ("sigma_of_t", sigma),
-            ("t_min", t_min),
-            ("t_max", t_max),
-        ):
+        fields = {"alpha_of_t": alpha, "sigma_of_t": sigma, "t_min": t_min, "t_max": t_max}
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
         self.__post_init__()
 

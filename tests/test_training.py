@@ -200,6 +200,15 @@ def test_the_learning_rate_falls_as_a_cosine():
     assert max(slopes) < 0
 
 
+def test_adam_takes_steps_of_that_length():
+    # where the gradient never changes, each of Adam's steps is the learning rate
+    net, recipe = Linear(), Recipe(50, 0.4)
+    fit(net, lambda net, generator: 3.0 * net.a - 5.0 * net.b, recipe, seeded(), progress=False)
+    way = sum(recipe.lr_at(k) for k in range(50))
+    assert float(net.a.detach()) == pytest.approx(-way, rel=1e-5)
+    assert float(net.b.detach()) == pytest.approx(way, rel=1e-5)
+
+
 def test_the_losses_are_the_means_that_were_minimised():
     seen = []
 
