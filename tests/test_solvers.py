@@ -1,10 +1,12 @@
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 from problems import (
     MAIN,
+    affine_step,
     asym3,
     asym3_reference,
     exact,
@@ -17,11 +19,19 @@ from problems import (
 )
 from scipy.stats import kstest, norm
 
+from diffedu.denoiser import Counted
 from diffedu.metrics import empirical_order
-from diffedu.sampling import sample
+from diffedu.sampling import prior, sample
 from diffedu.schedules import VE, VP, Cosine
 from diffedu.sde import reverse_drift
-from diffedu.solvers import Ancestral, Euler, EulerMaruyama, ReverseDiffusion
+from diffedu.solvers import (
+    Ancestral,
+    AnnealedLangevin,
+    Euler,
+    EulerMaruyama,
+    PredictorCorrector,
+    ReverseDiffusion,
+)
 
 MEAN, STD = 0.5, 0.7
 
@@ -160,3 +170,80 @@ def test_a_singular_start_is_refused(generator):
     x = torch.zeros(2, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"f and g\^2 must be finite; got f = -inf.* at t = 1\.0"):
         sample(exact(asym3(), Cosine(t_max=1.0)), EulerMaruyama(), x, [1.0, 0.5], generator)
+
+
+def test_langevin_at_one_level_settles_where_its_step_size_says():
+    # audit S60: x <- x - e x / v + sqrt(2 e) z has the stationary variance v / (1 - e / (2 v)), exactly
+    law, schedule, s = gaussian(0.0, 0.7), VP(), 0.3
+    v = float(law.marginal(schedule, s).covs)
+    for snr in (0.3, 0.1, 0.03):
+        e = 2 * (snr * schedule.sigma(s)) ** 2
+        a, c, n = affine_step(AnnealedLangevin(1, snr), exact(law, schedule), 0.31, s)
+        variance = 5.0
+        for _ in range(int(20 * v / e)):
+            variance = a * a * variance + n * n
+        assert variance == pytest.approx(v / (1 - e / (2 * v)), rel=1e-9)
+        assert abs(c) < 1e-12
+
+
+def test_many_langevin_steps_are_many_single_ones(generator):
+    schedule, denoiser = VP(), Counted(exact(asym3(), VP()))
+    x = torch.randn(50, 2, dtype=torch.float64, generator=generator)
+    noises = list(torch.randn(6, 50, 2, dtype=torch.float64, generator=generator))
+
+    def step(solver, x, drawn):
+        (record,) = solver.coefficients(schedule, [0.5, 0.4])
+        draws = iter(drawn)
+        return solver.step(denoiser, x, record, None, lambda: next(draws))[0]
+
+    together = step(AnnealedLangevin(6, 0.2), x, noises)
+    assert denoiser.nfe == 6
+    one_by_one = x
+    for z in noises:
+        one_by_one = step(AnnealedLangevin(1, 0.2), one_by_one, [z])
+    torch.testing.assert_close(together, one_by_one, rtol=1e-14, atol=1e-14)
+    # a predictor-corrector step is the predictor's and then the corrector's
+    corrected = step(PredictorCorrector(Ancestral(), 5, 0.2), x, noises)
+    predicted = step(Ancestral(), x, noises[:1])
+    torch.testing.assert_close(
+        corrected, step(AnnealedLangevin(5, 0.2), predicted, noises[1:]), rtol=1e-14, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize(
+    "make", [lambda n, snr: AnnealedLangevin(n, snr), lambda n, snr: PredictorCorrector(Ancestral(), n, snr)]
+)
+def test_langevin_refuses_no_steps_and_no_noise(make):
+    for n, snr, said in ((0, 0.1, "n_steps"), (2.5, 0.1, "2.5"), (1, 0.0, "snr"), (1, math.nan, "nan")):
+        with pytest.raises(ValueError, match=said):
+            make(n, snr)
+
+
+@pytest.mark.parametrize("schedule", [VP(), VE()], ids=["vp", "ve"])
+def test_annealed_langevin_follows_the_law_as_its_steps_grow(schedule):
+    # moments of the chain on Gaussian data, exactly: each level's step is affine and is taken n times
+    law, ts = gaussian(MEAN, STD), schedule.grid(60)
+    denoiser, want = exact(law, schedule), law.marginal(schedule, schedule.t_min)
+    errors = []
+    for n in (10, 100, 1000):
+        mean, variance = 0.0, schedule.sigma(schedule.t_max) ** 2
+        for t, s in pairwise(ts.tolist()):
+            a, c, noise = affine_step(AnnealedLangevin(1, 0.1), denoiser, t, s)
+            for _ in range(n):
+                mean, variance = a * mean + c, a * a * variance + noise * noise
+        errors.append(max(abs(mean - float(want.means)), abs(variance - float(want.covs))))
+    assert errors[0] > 2 * errors[1] > 4 * errors[2]
+    assert errors[2] < 0.02
+
+
+@pytest.mark.parametrize("schedule", [VP(), VE()], ids=["vp", "ve"])
+def test_a_corrector_mends_a_predictor_of_few_steps(schedule, generator):
+    # the statistic of 4,000 draws of the law itself has the mean 0.014 and stays below 0.03
+    law, n, ts = gaussian(MEAN, STD), 4000, schedule.grid(12)
+    want = norm(MEAN, float(law.marginal(schedule, schedule.t_min).covs) ** 0.5)
+    distance = {}
+    for solver in (ReverseDiffusion(), PredictorCorrector(ReverseDiffusion(), 20, 0.15)):
+        x = prior(schedule, (n, 1), generator, dtype=torch.float64)
+        out = sample(exact(law, schedule), solver, x, ts, generator)
+        distance[type(solver)] = kstest(out[:, 0].numpy(), want.cdf).statistic
+    assert distance[PredictorCorrector] < 0.5 * distance[ReverseDiffusion]
