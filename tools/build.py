@@ -104,7 +104,11 @@ def execute_all(notebooks: list[Path], caches: Path) -> Path:
     cache = get_cache(str(folder))
     cache.list_cache_records()  # makes the data base before the threads share it
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        errors = [error for error in pool.map(lambda n: execute(n, cache), notebooks) if error]
+        try:
+            errors = [error for error in pool.map(lambda n: execute(n, cache), notebooks) if error]
+        except KeyboardInterrupt:
+            print("Interrupted; what was executed is kept.", flush=True)
+            os._exit(130)  # do not wait for the running notebooks; their kernels end with this process
     if errors:
         sys.exit("\n\n".join(errors))
     return folder
