@@ -9,14 +9,13 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from diffedu.checks import require_eta
 from diffedu.denoiser import Denoiser
 from diffedu.schedules import Schedule
-from diffedu.solvers import Affine
+from diffedu.solvers import Affine, EtaSolver
 
 
 @dataclass(frozen=True)
-class DDIM:
+class DDIM(EtaSolver):
     """x_s = alpha_s x0 + sqrt(sigma_s^2 - n^2) eps + n z, with n = eta times the posterior's deviation.
 
     n^2 = eta^2 sigma_s^2 (1 - e^(-2h)), h = lam_s - lam_t. eta = 0 is the first-order exponential step on
@@ -26,18 +25,9 @@ class DDIM:
     """
 
     eta: float = 0.0
-    order: ClassVar[float] = 1.0
-
-    def __post_init__(self) -> None:
-        require_eta(self.eta)
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether a step draws noise: eta > 0."""
-        return self.eta > 0
 
     def coefficients(self, schedule: Schedule, ts: Sequence[float]) -> list[Affine]:
-        """For each interval the numbers of x <- a x + b eps + n z."""
+        """Per interval the numbers of x <- a x + b eps + n z."""
         records = []
         for t, s in pairwise(ts):
             h, sigma_s = schedule.lam(s) - schedule.lam(t), schedule.sigma(s)
@@ -53,12 +43,6 @@ class DDIM:
             n = sigma_s * math.sqrt(share) if self.eta else 0.0
             records.append(Affine(t, schedule.alpha(s) / schedule.alpha(t), b, n))
         return records
-
-    def step(
-        self, denoiser: Denoiser, x: Tensor, c: Affine, state: None, noise: Callable[[], Tensor]
-    ) -> tuple[Tensor, None]:
-        """One step over the interval of record c; x (B, *)."""
-        return c.apply(denoiser, x, noise), None
 
 
 class Multistep(NamedTuple):

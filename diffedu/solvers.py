@@ -1,6 +1,7 @@
 """Solvers that treat the drift as a black box, deterministic and stochastic."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,6 +30,37 @@ class Affine(NamedTuple):
         return torch.add(x, noise(), alpha=self.n) if self.n else x
 
 
+class AffineSolver(ABC):
+    """A solver of order 1 whose step over an interval is one `Affine`."""
+
+    order: ClassVar[float] = 1.0
+
+    @abstractmethod
+    def coefficients(self, schedule: Schedule, ts: Sequence[float]) -> list[Affine]:
+        """For each interval of the times ts the numbers of x <- a x + b eps + n z."""
+
+    def step(
+        self, denoiser: Denoiser, x: Tensor, c: Affine, state: None, noise: Callable[[], Tensor]
+    ) -> tuple[Tensor, None]:
+        """One step over the interval of record c; x (B, *)."""
+        return c.apply(denoiser, x, noise), None
+
+
+@dataclass(frozen=True)
+class EtaSolver(AffineSolver):
+    """An `AffineSolver` whose noise is scaled by eta >= 0, none at eta = 0. ValueError for eta < 0."""
+
+    eta: float
+
+    def __post_init__(self) -> None:
+        require_eta(self.eta)
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a step draws noise: eta > 0."""
+        return self.eta > 0
+
+
 def _euler_coefficients(schedule: Schedule, ts: Sequence[float], eta: float) -> list[Affine]:
     """Euler-Maruyama of dx = [f x + (1 + eta^2) g^2 eps / (2 sigma)] dt + eta g dw on the grid ts."""
     records = []
@@ -44,7 +76,7 @@ def _euler_coefficients(schedule: Schedule, ts: Sequence[float], eta: float) -> 
 
 
 @dataclass(frozen=True)
-class EulerMaruyama:
+class EulerMaruyama(EtaSolver):
     """Euler-Maruyama on the reverse-time family with noise eta g; eta = 1 the reverse SDE, 0 the ODE.
 
     x_s = x_t + [f x - (1 + eta^2) g^2 score / 2] (s - t) + eta g sqrt(t - s) z. Weak order 1.
@@ -52,40 +84,24 @@ class EulerMaruyama:
     """
 
     eta: float = 1.0
-    order: ClassVar[float] = 1.0
-
-    def __post_init__(self) -> None:
-        require_eta(self.eta)
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether a step draws noise: eta > 0."""
-        return self.eta > 0
 
     def coefficients(self, schedule: Schedule, ts: Sequence[float]) -> list[Affine]:
-        """For each interval the numbers of x <- a x + b eps + n z."""
+        """Per interval the numbers of x <- a x + b eps + n z."""
         return _euler_coefficients(schedule, ts, self.eta)
-
-    def step(
-        self, denoiser: Denoiser, x: Tensor, c: Affine, state: None, noise: Callable[[], Tensor]
-    ) -> tuple[Tensor, None]:
-        """One step over the interval of record c; x (B, *)."""
-        return c.apply(denoiser, x, noise), None
 
 
 @dataclass(frozen=True)
-class Ancestral:
+class Ancestral(AffineSolver):
     """DDPM's sampler: a draw from the posterior q(x_s | x_t, x0) at the predicted x0. Weak order 1.
 
     With q = 1 - SNR_t / SNR_s: mean (alpha_s / alpha_t) (x - q sigma_t eps), deviation sigma_s sqrt(q).
     Source: Ho et al. 2020, algorithm 2, with the posterior variance, for any alpha and sigma.
     """
 
-    order: ClassVar[float] = 1.0
     stochastic: ClassVar[bool] = True
 
     def coefficients(self, schedule: Schedule, ts: Sequence[float]) -> list[Affine]:
-        """For each interval the numbers of x <- a x + b eps + n z."""
+        """Per interval the numbers of x <- a x + b eps + n z."""
         records = []
         for t, s in pairwise(ts):
             q = -math.expm1(2 * (schedule.lam(t) - schedule.lam(s)))
@@ -93,38 +109,25 @@ class Ancestral:
             records.append(Affine(t, a, -a * q * schedule.sigma(t), schedule.sigma(s) * math.sqrt(q)))
         return records
 
-    def step(
-        self, denoiser: Denoiser, x: Tensor, c: Affine, state: None, noise: Callable[[], Tensor]
-    ) -> tuple[Tensor, None]:
-        """One step over the interval of record c; x (B, *)."""
-        return c.apply(denoiser, x, noise), None
-
 
 @dataclass(frozen=True)
-class ReverseDiffusion:
+class ReverseDiffusion(AffineSolver):
     """The forward chain's own coefficients, reversed: x <- (2 - a) x + v score + sqrt(v) z. Weak order 1.
 
     a = alpha_t / alpha_s and v = sigma_t^2 - a^2 sigma_s^2 are those of x_t = a x_s + sqrt(v) z; for VE it
     is NCSN's reverse step. Source: Song et al. 2021, eq. 46.
     """
 
-    order: ClassVar[float] = 1.0
     stochastic: ClassVar[bool] = True
 
     def coefficients(self, schedule: Schedule, ts: Sequence[float]) -> list[Affine]:
-        """For each interval the numbers of x <- a x + b eps + n z."""
+        """Per interval the numbers of x <- a x + b eps + n z."""
         records = []
         for t, s in pairwise(ts):
             q = -math.expm1(2 * (schedule.lam(t) - schedule.lam(s)))  # v = q sigma_t^2
             a, sigma = schedule.alpha(t) / schedule.alpha(s), schedule.sigma(t)
             records.append(Affine(t, 2 - a, -q * sigma, sigma * math.sqrt(q)))
         return records
-
-    def step(
-        self, denoiser: Denoiser, x: Tensor, c: Affine, state: None, noise: Callable[[], Tensor]
-    ) -> tuple[Tensor, None]:
-        """One step over the interval of record c; x (B, *)."""
-        return c.apply(denoiser, x, noise), None
 
 
 @dataclass(frozen=True)
@@ -201,21 +204,14 @@ class PredictorCorrector:
 
 
 @dataclass(frozen=True)
-class Euler:
+class Euler(AffineSolver):
     """Euler's method on the probability-flow ODE dx/dt = f x - g^2 score / 2, in t. Order 1.
 
     Source: Song et al. 2021, eq. 13. Equations: eq-euler
     """
 
-    order: ClassVar[float] = 1.0
     stochastic: ClassVar[bool] = False
 
     def coefficients(self, schedule: Schedule, ts: Sequence[float]) -> list[Affine]:
-        """For each interval the numbers of x <- a x + b eps."""
+        """Per interval the numbers of x <- a x + b eps + n z."""
         return _euler_coefficients(schedule, ts, eta=0.0)
-
-    def step(
-        self, denoiser: Denoiser, x: Tensor, c: Affine, state: None, noise: Callable[[], Tensor]
-    ) -> tuple[Tensor, None]:
-        """One step over the interval of record c; x (B, *)."""
-        return c.apply(denoiser, x, noise), None
