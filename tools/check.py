@@ -27,8 +27,6 @@ def commands(fast: bool) -> dict[str, list[list[str]]]:
     apart = [f"--deselect={TIMED}"]
     timed = [] if fast else [[str(BIN / "pytest"), "--quiet", TIMED]]
     without_site = [f"--ignore={path}" for path in NEED_THE_SITE]
-    cuda = "import sys, torch; sys.exit(not torch.cuda.is_available())"
-    marks = [] if subprocess.run([sys.executable, "-c", cuda]).returncode == 0 else ["-m", "not cuda"]
     notebooks = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", "--dist=loadfile"]
     return {
         "Style": [
@@ -37,7 +35,7 @@ def commands(fast: bool) -> dict[str, list[list[str]]]:
             [str(BIN / "codespell"), "book", "diffedu", "tests", "tools", "README.md", "CONTRIBUTING.md"],
         ],
         "Types": [[str(BIN / "mypy")]],
-        "Unit tests": [[*pytest, "tests", *without_site, *marks]],
+        "Unit tests": [[*pytest, "tests", *without_site]],
         "Notebooks, cell by cell": [[*pytest, *notebooks, "-o", "filterwarnings=default", "book"]],
         "The book": [[sys.executable, "tools/build.py", "book"]],
         "The site": [[*pytest, "--dist=loadgroup", *apart, *site_tests], *timed],
