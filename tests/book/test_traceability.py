@@ -186,7 +186,10 @@ def test_test_is_there_and_says_so(row):
         node, slugs = marked_tests()[name]
         assert row["slug"] in slugs, f"{name} needs @pytest.mark.equation({row['slug']!r})"
         if wrong(row):
-            assert "pytest.raises(AssertionError)" in ast.unparse(node), f"{name} must run the printed form"
+            code = ast.unparse(node)
+            assert "pytest.raises(AssertionError, match=" in code, (
+                f"{name} must run the printed form and say why it fails"
+            )
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if wrong(row)], ids=lambda row: row["id"])
