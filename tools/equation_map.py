@@ -19,10 +19,10 @@ TABLE, PAGE = ROOT / "book" / "equations.csv", ROOT / "book" / "equation-map.md"
 VERDICTS = {  # code: (in the table, in the legend)
     "OK": ("right", "right as printed."),
     "OK*": (
-        "right, conditions",
+        "right, with conditions",
         "right under conditions that the slide does not state; the chapter states them.",
     ),
-    "A": ("wrong", "wrong: code written from the printed formula fails, and a test shows that it does."),
+    "A": ("wrong", "mathematically wrong; code written from the printed formula fails, and a test shows it."),
     "B": ("unsound", "a step of the argument is missing, or a claim in the text does not hold."),
     "C": ("slip", "a slip of index, name or citation; the intention is clear."),
     "text": ("text", "a title, with nothing to judge."),
@@ -104,7 +104,7 @@ def render(rows: list[Row]) -> str:
         f"{rows[0].id} to {rows[-1].id}, in the order of the slides; later chapters add theirs. "
         f"Of these {len(rows)} items, {placed} are treated at a marked place in a chapter, {coded} have an "
         f"object of [diffedu](api.md) that implements them, and {tested} have a test that runs them. "
-        "This page is written by the build from one table, and a test follows every link in it.",
+        "The build writes this page from one table, and tests check that each place, object and test is there.",
         "",
         "What the verdicts mean; an item can have several:",
         "",
@@ -136,10 +136,9 @@ def cells(row: Row, repository: str) -> list[str]:
     verdict = "; ".join(f"`{code}` {VERDICTS[code][0]}" for code in codes if code != "text") or "text"
     if {"A", "B"} & set(codes):
         verdict = f"[{verdict}](#{row.id.lower()})"
-    place = reason(row.anchor)
-    for anchor in row.names("anchor"):
-        page, _, target = anchor.partition("#")
-        place = f"[chapter {int(page.split('-')[0])}](#{target})"
+    anchors = (anchor.partition("#") for anchor in row.names("anchor"))
+    places = [f"[chapter {int(page.split('-')[0])}](#{target})" for page, _, target in anchors]
+    place = "; ".join(places) or reason(row.anchor)
     objects = [f"{{py:obj}}`{short(name)} <{name}>`" for name in row.names("object")]
     tests = [
         f"[{name.split('::')[1]}]({repository}/blob/main/{name.split('::')[0]}#L{line_of(name)})"
