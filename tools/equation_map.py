@@ -104,7 +104,7 @@ def render(rows: list[Row]) -> str:
         f"{rows[0].id} to {rows[-1].id}, in the order of the slides; later chapters add theirs. "
         f"Of these {len(rows)} items, {placed} are treated at a marked place in a chapter, {coded} have an "
         f"object of [diffedu](api.md) that implements them, and {tested} have a test that runs them. "
-        "The build writes this page from one table, and tests check that each place, object and test is there.",
+        "The build writes this page from one table; tests check that each place, object and test is there.",
         "",
         "What the verdicts mean; an item can have several:",
         "",
