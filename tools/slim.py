@@ -17,21 +17,37 @@ from fontTools import subset, ttLib
 
 NAME = re.compile(r"[.#](-?[A-Za-z_](?:[\w-]|\\.)*)")
 OPTIONAL = re.compile(r":(?:not|is|where|has)\((?:[^()]|\([^()]*\))*\)")
+NAMES_NOTHING = {"bootstrap.js", "design-tabs.js", "mathjax", "searchindex.js", "vendor"}
+# What Bootstrap's script sets on the menus and tooltips of the header; its other components are not used.
+BOOTSTRAP = [
+    "active",
+    "collapse",
+    "collapsing",
+    "disabled",
+    "dropend",
+    "dropstart",
+    "dropup",
+    "fade",
+    "show",
+    "tooltip",
+]
+BOOTSTRAP += [f"bs-tooltip-{side}" for side in ("auto", "bottom", "end", "start", "top")]
+BOOTSTRAP += ["tooltip-arrow", "tooltip-inner"]
 FACES = {"fa-solid-900": "solid", "fa-regular-400": "regular", "fa-brands-400": "brands"}
 
 
 def names_in_use(site: Path) -> set[str]:
-    """Class names and ids of the pages, and every word of the scripts, which may set some."""
-    used: set[str] = set()
+    """Class names and ids of the pages, and the words in the scripts' strings, which may set some."""
+    used = set(BOOTSTRAP)
+    scripts = [file.read_text() for file in site.rglob("*.js") if not NAMES_NOTHING & set(file.parts)]
     for page in site.rglob("*.html"):
         text = page.read_text()
         for value in re.findall(r'\b(?:class|id)="([^"]*)"', text):
             used.update(value.split())
-        for script in re.findall(r"<script>(.*?)</script>", text, re.DOTALL):
-            used.update(re.findall(r"[\w-]+", script))
-    for script_file in site.rglob("*.js"):
-        if not {"mathjax", "vendor", "searchindex.js"} & set(script_file.parts):
-            used.update(re.findall(r"[\w-]+", script_file.read_text()))
+        scripts += re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    for script in scripts:
+        for string in re.findall(r"\"[^\"\n]*\"|'[^'\n]*'|`[^`]*`", script):
+            used.update(re.findall(r"[\w-]+", string))
     return used
 
 
@@ -122,7 +138,7 @@ def icon_faces(fonts: Path, css: str, static: Path) -> str:
 
 
 def trim(page: str) -> str:
-    """A page without repeated styles, deprecated roles, and logos loaded before their menu is opened."""
+    """A page without what it does not need: repeated styles, a kernel's settings, logos of a closed menu."""
     seen: set[str] = set()
 
     def once(match: re.Match[str]) -> str:
@@ -131,6 +147,8 @@ def trim(page: str) -> str:
         return match[0] if first else ""
 
     page = re.sub(r"<style>[^<]*</style>", once, page)
+    page = re.sub(r'<script type="text/x-thebe-config">.*?</script>', "", page, flags=re.DOTALL)
+    page = re.sub(r'<span class="pre">([^<]*)</span>', r"\1", page)
     page = page.replace(' role="doc-biblioentry"', ' role="listitem"')
     return re.sub(r'<img (?=alt="[^"]* logo")', '<img loading="lazy" ', page)
 
