@@ -76,7 +76,7 @@ def fit(
         require_count("stop_after", stop_after)
     require_count("every", every)
     average = copy.deepcopy(net).requires_grad_(False)
-    optimiser = torch.optim.Adam(net.parameters(), lr=recipe.lr)
+    optimiser = torch.optim.Adam(net.parameters(), lr=recipe.lr, fused=True)
     run = _Run(net, average, optimiser, generator, recipe, losses=[])
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
@@ -105,6 +105,12 @@ class _Run:
     recipe: Recipe
     losses: list[float]
 
+    def __post_init__(self) -> None:
+        # Each tensor of the average beside the net's own; both share storage with their modules.
+        self._pairs = list(
+            zip(self.average.state_dict().values(), self.net.state_dict().values(), strict=True)
+        )
+
     def advance(self, step: int, loss: Loss) -> None:
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.lr_at(step)
@@ -117,12 +123,11 @@ class _Run:
         self.optimiser.step()
         self.losses.append(number)
         weight = 1 - self.recipe.decay_at(step)
-        new = self.net.state_dict()
-        for name, mean in self.average.state_dict().items():
+        for mean, new in self._pairs:
             if mean.is_floating_point():
-                mean.lerp_(new[name], weight)
+                mean.lerp_(new, weight)
             else:
-                mean.copy_(new[name])
+                mean.copy_(new)
 
     def tensors(self) -> dict[str, Tensor]:
         state = {f"net.{k}": v for k, v in self.net.state_dict().items()}
