@@ -19,20 +19,9 @@ NAME = re.compile(r"[.#](-?[A-Za-z_](?:[\w-]|\\.)*)")
 OPTIONAL = re.compile(r":(?:not|is|where|has)\((?:[^()]|\([^()]*\))*\)")
 NAMES_NOTHING = {"bootstrap.js", "design-tabs.js", "mathjax", "searchindex.js", "vendor"}
 # What Bootstrap's script sets on the menus and tooltips of the header; its other components are not used.
-BOOTSTRAP = [
-    "active",
-    "collapse",
-    "collapsing",
-    "disabled",
-    "dropend",
-    "dropstart",
-    "dropup",
-    "fade",
-    "show",
-    "tooltip",
-]
-BOOTSTRAP += [f"bs-tooltip-{side}" for side in ("auto", "bottom", "end", "start", "top")]
-BOOTSTRAP += ["tooltip-arrow", "tooltip-inner"]
+BOOTSTRAP = {"active", "collapse", "collapsing", "disabled", "dropend", "dropstart", "dropup", "fade", "show"}
+BOOTSTRAP |= {"tooltip", "tooltip-arrow", "tooltip-inner"}
+BOOTSTRAP |= {f"bs-tooltip-{side}" for side in ("auto", "bottom", "end", "start", "top")}
 FACES = {"fa-solid-900": "solid", "fa-regular-400": "regular", "fa-brands-400": "brands"}
 
 
@@ -150,6 +139,7 @@ def trim(page: str) -> str:
     page = re.sub(r'<script type="text/x-thebe-config">.*?</script>', "", page, flags=re.DOTALL)
     page = re.sub(r'<span class="pre">([^<]*)</span>', r"\1", page)
     page = page.replace(' role="doc-biblioentry"', ' role="listitem"')
+    page = page.replace('container">Binder<', 'container">JupyterLab on Binder<')
     return re.sub(r'<img (?=alt="[^"]* logo")', '<img loading="lazy" ', page)
 
 
