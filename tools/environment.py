@@ -58,7 +58,7 @@ def make(found: str, wanted: str) -> None:
             shutil.rmtree(VENV, ignore_errors=True)
             sys.exit("This Python cannot make environments. On Debian: apt-get install python3-venv")
     pip = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet"]
-    pip += ["--disable-pip-version-check", "--no-input", "--no-compile", "-r", "requirements.txt"]
+    pip += ["--disable-pip-version-check", "--no-input", "-r", "requirements.txt"]
     try:
         failed = subprocess.run(pip, cwd=ROOT).returncode
     except KeyboardInterrupt:
