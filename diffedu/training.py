@@ -3,17 +3,15 @@
 import copy
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from diffedu import weights
 from diffedu.checks import require_count
 
 Loss = Callable[[nn.Module, torch.Generator], Tensor]
@@ -137,21 +135,14 @@ class _Run:
             state |= {f"adam.{i}.{k}": v for k, v in moments.items()}
         state["generator"] = self.generator.get_state()
         state["losses"] = torch.tensor(self.losses, dtype=torch.float64)
-        return {k: v.detach().contiguous() for k, v in state.items()}
+        return state
 
     def save(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        save_file(self.tensors(), partial, metadata={"recipe": json.dumps(asdict(self.recipe))})
-        os.replace(partial, path)  # the old file or the new one, never half of either
+        weights.write(path, self.tensors(), {"recipe": json.dumps(asdict(self.recipe))})
 
     def load(self, path: Path) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                recipe = json.loads((file.metadata() or {}).get("recipe", "null"))
-                state = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not a readable checkpoint ({error}); delete it") from error
+        state, metadata = weights.read(path)
+        recipe = json.loads(metadata.get("recipe", "null"))
         if recipe != asdict(self.recipe):
             raise ValueError(
                 f"{path} was made with the recipe {recipe}, this run has {asdict(self.recipe)}: "
