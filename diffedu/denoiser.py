@@ -17,7 +17,7 @@ class Prediction:
     """What a denoiser says of x_t = alpha x0 + sigma eps; any one of the readings gives the others.
 
     x and each reading: (B, *). Reading what is undefined (alpha = 0 or sigma = 0) raises ValueError.
-    v := alpha eps - sigma x0 for every schedule.
+    v := alpha eps - sigma x0 for every schedule. Equations: eq-readings
     """
 
     __slots__ = ("alpha", "kind", "sigma", "value", "x")
@@ -29,7 +29,10 @@ class Prediction:
 
     @property
     def eps(self) -> Tensor:
-        """The noise, (B, *): (x - alpha x0) / sigma = -sigma score (Ho et al. 2020)."""
+        """The noise, (B, *): (x - alpha x0) / sigma = -sigma score (Ho et al. 2020).
+
+        Equations: eq-eps-definition
+        """
         match self.kind:
             case "eps":
                 return self.value
@@ -55,7 +58,7 @@ class Prediction:
 
     @property
     def score(self) -> Tensor:
-        """The score, (B, *): -eps / sigma."""
+        """The score, (B, *): -eps / sigma. Equations: eq-score-noise"""
         return self.value if self.kind == "score" else -self.eps / self._nonzero("sigma", "score")
 
     @property

@@ -62,11 +62,11 @@ class GaussianMixture:
         return draws
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density in nats at x (B, D): (B,)."""
+        """Log-density in nats at x (B, D): (B,). Equations: eq-gaussian-density"""
         return self._log_joint(x, 1.0, 0.0)[0].logsumexp(-1)
 
     def score(self, x: Tensor) -> Tensor:
-        """Gradient of the log-density at x (B, D): (B, D)."""
+        """Gradient of the log-density at x (B, D): (B, D). Equations: eq-score"""
         return self.noised_score(x, 1.0, 0.0)
 
     def marginal(self, schedule: Schedule, t: float) -> "GaussianMixture":
@@ -76,7 +76,10 @@ class GaussianMixture:
         return GaussianMixture(self.weights, alpha * self.means, alpha**2 * self.covs + sigma**2 * eye)
 
     def noised_score(self, x: Tensor, alpha: float | Tensor, sigma: float | Tensor) -> Tensor:
-        """The score of alpha x_0 + sigma eps at x (B, D): (B, D); alpha, sigma numbers or (B, 1)."""
+        """The score of alpha x_0 + sigma eps at x (B, D): (B, D); alpha, sigma numbers or (B, 1).
+
+        Equations: eq-unknown-score
+        """
         log_joint, y, variances = self._log_joint(x, alpha, sigma)
         responsibility = log_joint.softmax(-1)
         # sum_k r_k axes_k (-y_k / variances_k)

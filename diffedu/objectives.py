@@ -12,7 +12,7 @@ def ism_loss(denoiser: Denoiser, x_t: Tensor, t: float | Tensor) -> Tensor:
 
     x_t (B, *); t float, 0-dim or (B,). One backward pass per data dimension. Its mean plus E|grad log p_t|^2
     is the Fisher divergence E|s - grad log p_t|^2, where p_t s vanishes at infinity.
-    Source: Hyvärinen 2005, theorem 1 (twice its value).
+    Source: Hyvärinen 2005, theorem 1 (twice its value). Equations: eq-ism, eq-empirical-ism
     """
     with torch.enable_grad():
         x = x_t.detach().requires_grad_(True)
@@ -28,6 +28,7 @@ def ssm_loss(denoiser: Denoiser, x_t: Tensor, t: float | Tensor, v: Tensor) -> T
 
     x_t, v (B, *); t float, 0-dim or (B,). One backward pass. Raises ValueError for shapes that disagree.
     Source: Song et al. 2019 (UAI), eq. 8 with variance reduction; the trace, Hutchinson 1989.
+    Equations: eq-empirical-ism
     """
     if v.shape != x_t.shape:
         raise ValueError(f"v must have the shape of x_t, {tuple(x_t.shape)}; got {tuple(v.shape)}")
@@ -53,6 +54,7 @@ def dsm_loss(denoiser: Denoiser, x0: Tensor, t: float | Tensor, eps: Tensor, wei
     "score" (1), "eps" (sigma^2), "x0" (sigma^4 / alpha^2), "v" (sigma^2 (alpha^2 + sigma^2)^2 / alpha^2).
     Raises ValueError for an unknown weight or shapes that disagree.
     Source: Vincent 2011; weights, Ho et al. 2020 and Salimans & Ho 2022.
+    Equations: eq-dsm, eq-conditional-score, eq-noise-loss, eq-data-loss, eq-equivalence
     """
     if weight not in KINDS:
         raise ValueError(f"weight must be one of {KINDS}; got {weight!r}")

@@ -81,6 +81,7 @@ class EulerMaruyama(EtaSolver):
 
     x_s = x_t + [f x - (1 + eta^2) g^2 score / 2] (s - t) + eta g sqrt(t - s) z. Weak order 1.
     Raises ValueError for eta < 0. Source: Anderson 1982; Song et al. 2021, section 3.
+    Equations: eq-reverse-em, eq-vp-reverse-em
     """
 
     eta: float = 1.0
@@ -96,6 +97,7 @@ class Ancestral(AffineSolver):
 
     With q = 1 - SNR_t / SNR_s: mean (alpha_s / alpha_t) (x - q sigma_t eps), deviation sigma_s sqrt(q).
     Source: Ho et al. 2020, algorithm 2, with the posterior variance, for any alpha and sigma.
+    Equations: eq-ancestral
     """
 
     stochastic: ClassVar[bool] = True
@@ -115,7 +117,7 @@ class ReverseDiffusion(AffineSolver):
     """The forward chain's own coefficients, reversed: x <- (2 - a) x + v score + sqrt(v) z. Weak order 1.
 
     a = alpha_t / alpha_s and v = sigma_t^2 - a^2 sigma_s^2 are those of x_t = a x_s + sqrt(v) z; for VE it
-    is NCSN's reverse step. Source: Song et al. 2021, eq. 46.
+    is NCSN's reverse step. Source: Song et al. 2021, eq. 46. Equations: eq-reverse-em, eq-ve-reverse-em
     """
 
     stochastic: ClassVar[bool] = True
@@ -138,6 +140,7 @@ class AnnealedLangevin:
     algorithm 1, proportional to sigma^2, in the parameter of Song et al. 2021, algorithm 4, whose batch
     norms |z| / |score| are replaced by what they estimate, sigma. A Markov-chain method: it approaches p_s
     as n_steps grows and snr falls. Raises ValueError for n_steps < 1 or snr <= 0.
+    Equations: eq-annealed-langevin
     """
 
     n_steps: int
