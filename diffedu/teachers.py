@@ -75,12 +75,21 @@ class Teacher:
         *,
         device: torch.device | str = "cpu",
         checkpoint: str | Path | None = None,
+        every: int = 1000,
         progress: bool = True,
     ) -> NetDenoiser:
-        """Train from the seed; with a checkpoint, go on from where it stands."""
+        """Train from the seed; `checkpoint`, `every` and `progress` as in `fit`."""
         generator = torch.Generator(device).manual_seed(seed)
         net, data = self.untrained(seed).to(device), self.data(seed).to(device)
-        fitted = fit(net, self.loss(data), self.recipe, generator, checkpoint=checkpoint, progress=progress)
+        fitted = fit(
+            net,
+            self.loss(data),
+            self.recipe,
+            generator,
+            checkpoint=checkpoint,
+            every=every,
+            progress=progress,
+        )
         return self.denoiser(fitted.net)
 
     def save(self, path: str | Path, denoiser: NetDenoiser, seed: int) -> None:
@@ -106,5 +115,5 @@ class Teacher:
         return self.denoiser(net.eval().requires_grad_(False))
 
 
-SWISS_ROLL = Teacher("swiss-roll", swiss_roll, Recipe(steps=5000, lr=1.5e-2, ema=0.99))
-MOONS = Teacher("moons", moons, Recipe(steps=3600, lr=1.5e-2, ema=0.99))
+SWISS_ROLL = Teacher("swiss-roll", swiss_roll, Recipe(steps=5000, lr=1.5e-2, ema=0.998))
+MOONS = Teacher("moons", moons, Recipe(steps=3600, lr=1.5e-2, ema=0.998))

@@ -30,7 +30,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {k: file.get_tensor(k) for k in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error})") from error
+        raise ValueError(f"{path} is not a readable safetensors file ({error}): delete it") from error
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -8,7 +8,7 @@ from problems import within
 from safetensors import safe_open
 from torch import nn
 
-from diffedu import training
+from diffedu import training, weights
 from diffedu.denoiser import NetDenoiser
 from diffedu.networks import MLP
 from diffedu.objectives import dsm_loss
@@ -99,7 +99,7 @@ def test_a_write_broken_off_leaves_the_old_file_whole(uninterrupted, tmp_path, m
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "save_file", half)
+        patch.setattr(weights, "save_file", half)
         with pytest.raises(OSError, match="disk full"):
             run(checkpoint=file, every=5)
     assert file.read_bytes() == before
@@ -148,12 +148,12 @@ def test_a_corrupt_checkpoint_is_refused_and_left_alone(spoil, tmp_path):
     file = tmp_path / "run.safetensors"
     run(checkpoint=file, stop_after=3)
     file.write_bytes(spoil(file.read_bytes()))
-    refused(file, "is not a readable checkpoint .*; delete it")
+    refused(file, "is not a readable safetensors file .*: delete it")
 
 
 def test_a_foreign_safetensors_file_is_refused(tmp_path):
     file = tmp_path / "run.safetensors"
-    training.save_file({"a": torch.zeros(2)}, file)
+    weights.write(file, {"a": torch.zeros(2)}, {})
     refused(file, "was made with the recipe None")
 
 
@@ -165,25 +165,27 @@ def test_a_checkpoint_is_plain_data(tmp_path):
     assert json.loads(header["__metadata__"]["recipe"]) == {"steps": STEPS, "lr": 1e-2, "ema": 0.9}
     with safe_open(file, framework="pt") as opened:
         assert opened.get_tensor("losses").shape == (3,)
-    assert "pickle" not in Path(training.__file__).read_text()
-    assert "torch.load" not in Path(training.__file__).read_text()
+    for module in (training, weights):
+        source = Path(module.__file__).read_text()
+        assert "pickle" not in source
+        assert "torch.load" not in source
 
 
 def test_the_result_is_the_exponential_average_of_the_weights():
-    weights, net, recipe = [], network(), Recipe(STEPS, 1e-2, 0.8)
+    seen, net, recipe = [], network(), Recipe(STEPS, 1e-2, 0.8)
 
     def spy(net, generator):
-        weights.append(nn.utils.parameters_to_vector(net.parameters()).detach().double())
+        seen.append(nn.utils.parameters_to_vector(net.parameters()).detach().double())
         return loss(net, generator)
 
     fitted = fit(net, spy, recipe, seeded(), progress=False)
-    weights.append(nn.utils.parameters_to_vector(net.parameters()).detach().double())
+    seen.append(nn.utils.parameters_to_vector(net.parameters()).detach().double())
     # sum over all weights, each with what the later decays leave of it
     decay = [min(0.8, (1 + k) / (10 + k)) for k in range(STEPS)]
     left = [math.prod(decay[k:]) for k in range(STEPS + 1)]
     share = [left[0], *((1 - decay[k]) * left[k + 1] for k in range(STEPS))]
     assert sum(share) == pytest.approx(1)
-    want = sum(s * w for s, w in zip(share, weights, strict=True))
+    want = sum(s * w for s, w in zip(share, seen, strict=True))
     got = nn.utils.parameters_to_vector(fitted.net.parameters()).double()
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
     assert not fitted.net.training

@@ -1,0 +1,1 @@
+"""Accuracy, training and cost of the package, measured: `python -m benchmarks --help`."""
