@@ -69,6 +69,7 @@ def fit(
     steps and at the end, replaced atomically) an interrupted run goes on where the file stands and ends bit
     for bit where an uninterrupted one ends. `stop_after` ends this call after so many steps.
     Raises ValueError for a checkpoint of another recipe or network, and for a loss that is not finite.
+    Equations: eq-algorithm-1
     """
     if stop_after is not None:
         require_count("stop_after", stop_after)

@@ -101,7 +101,7 @@ def render(rows: list[Row]) -> str:
         "# Equation map",
         "",
         "Every formula and every claim of the survey {cite}`zhousurvey` that carries weight has a number, "
-        f"{rows[0].id} to {rows[-1].id}, in the order of the slides; later chapters add theirs. "
+        f"from {rows[0].id} on, in the order of the slides; later chapters add theirs. "
         f"Of these {len(rows)} items, {placed} are treated at a marked place in a chapter, {coded} have an "
         f"object of [diffedu](api.md) that implements them, and {tested} have a test that runs them. "
         "The build writes this page from one table; tests check that each place, object and test is there.",
