@@ -88,7 +88,10 @@ def measure(seeds: int = SEEDS) -> dict[str, Any]:
                 f"excess {value:.4f} (95 % <= {bound:.4f})",
                 flush=True,
             )
-    whole = {t.name: [r for r in rows if r["data"] == t.name and r["steps"] == t.recipe.steps] for t in (SWISS_ROLL, MOONS)}  # fmt: skip
+    whole = {
+        teacher.name: [r for r in rows if (r["data"], r["steps"]) == (teacher.name, teacher.recipe.steps)]
+        for teacher in (SWISS_ROLL, MOONS)
+    }
     means = {
         name: {
             "excess": sum(r["excess"] for r in group) / len(group),
