@@ -32,7 +32,7 @@ def seeded(seed: int) -> torch.Generator:
 def draw(denoiser: Denoiser, n: int, generator: torch.Generator) -> Tensor:
     """n samples of 50 steps of DPM-Solver++(2M), (n, 2)."""
     ts, start = denoiser.schedule.grid(50), prior(denoiser.schedule, (n, 2), generator)
-    return torch.cat([sample(denoiser, DPMSolverPP2M(), x, ts) for x in start.split(CHUNK)])
+    return torch.cat([sample(denoiser, DPMSolverPP2M(), x, ts) for x in start.reshape(-1, CHUNK, 2)])
 
 
 def squares(teacher: Teacher, denoiser: Denoiser | None, seeds: Sequence[int]) -> Tensor:
@@ -63,7 +63,8 @@ def trained(teacher: Teacher, seed: int, share: float) -> tuple[Denoiser, str, f
 
 def measure(seeds: int = SEEDS) -> dict[str, Any]:
     """Both teachers: whole trainings for every seed, shorter ones for the first; prints as it goes."""
-    rows, floors = [], {}
+    rows: list[dict[str, Any]] = []
+    floors: dict[str, float] = {}
     for teacher in (SWISS_ROLL, MOONS):
         floor = squares(teacher, None, range(1000, 1000 + PAIRS))
         floors[teacher.name] = math.sqrt(float(floor.mean()))

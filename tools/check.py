@@ -32,7 +32,16 @@ def commands(fast: bool) -> dict[str, list[list[str]]]:
         "Style": [
             [str(BIN / "ruff"), "check", "--quiet"],
             [str(BIN / "ruff"), "format", "--check", "--quiet"],
-            [str(BIN / "codespell"), "book", "diffedu", "tests", "tools", "README.md", "CONTRIBUTING.md"],
+            [
+                str(BIN / "codespell"),
+                "benchmarks",
+                "book",
+                "diffedu",
+                "tests",
+                "tools",
+                "README.md",
+                "CONTRIBUTING.md",
+            ],
         ],
         "Types": [[str(BIN / "mypy")]],
         "Unit tests": [[*pytest, "tests", *without_site]],
