@@ -13,7 +13,7 @@ import pytest
 import torch
 from problems import affine_step, asym3, exact, gaussian, mix, propagate, score
 from scipy.integrate import quad
-from test_survey_forward import ALPHA_BAR, BETAS, HALF, equal, generator, near, near_moments, start_at, times
+from test_survey_forward import ALPHA_BAR, BETAS, HALF, equal, generator, near, start_at, times
 from torch import nn
 
 from diffedu.denoiser import KINDS, NetDenoiser, Prediction
