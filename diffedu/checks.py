@@ -93,3 +93,9 @@ def require_eta(eta: float) -> None:
     """Refuse an eta that is negative or not finite."""
     if not 0 <= eta < math.inf:
         raise ValueError(f"eta must be a finite number of at least 0; got {eta!r}")
+
+
+def require_positive(name: str, value: float) -> None:
+    """Refuse what is not a positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive, finite number; got {value!r}")

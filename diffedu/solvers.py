@@ -1,78 +1,42 @@
 """Solvers that treat the drift as a black box, deterministic and stochastic."""
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from diffedu.checks import require_count, require_eta
+from diffedu.affine import Affine, AffineSolver, EtaSolver
+from diffedu.checks import require_count
 from diffedu.denoiser import Denoiser
+from diffedu.runge_kutta import RK45
 from diffedu.sampling import Solver
 from diffedu.schedules import Schedule
 
-
-class Affine(NamedTuple):
-    """One step x <- a x + b eps(x, t) + n z, its numbers taken once for the whole grid."""
-
-    t: float
-    a: float
-    b: float
-    n: float = 0.0
-
-    def apply(self, denoiser: Denoiser, x: Tensor, noise: Callable[[], Tensor]) -> Tensor:
-        """The state (B, *) after the step from x (B, *)."""
-        x = torch.add(self.a * x, denoiser(x, self.t).eps, alpha=self.b)
-        return torch.add(x, noise(), alpha=self.n) if self.n else x
+__all__ = [
+    "RK45",
+    "Ancestral",
+    "AnnealedLangevin",
+    "Euler",
+    "EulerMaruyama",
+    "Heun",
+    "PredictorCorrector",
+    "ReverseDiffusion",
+]
 
 
-class AffineSolver(ABC):
-    """A solver of order 1 whose step over an interval is one `Affine`."""
-
-    order: ClassVar[float] = 1.0
-
-    @abstractmethod
-    def coefficients(self, schedule: Schedule, ts: Sequence[float]) -> list[Affine]:
-        """For each interval of the times ts the numbers of x <- a x + b eps + n z."""
-
-    def step(
-        self, denoiser: Denoiser, x: Tensor, c: Affine, state: None, noise: Callable[[], Tensor]
-    ) -> tuple[Tensor, None]:
-        """One step over the interval of record c; x (B, *)."""
-        return c.apply(denoiser, x, noise), None
-
-
-@dataclass(frozen=True)
-class EtaSolver(AffineSolver):
-    """An `AffineSolver` whose noise is scaled by eta >= 0, none at eta = 0. ValueError for eta < 0."""
-
-    eta: float
-
-    def __post_init__(self) -> None:
-        require_eta(self.eta)
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether a step draws noise: eta > 0."""
-        return self.eta > 0
-
-
-def _euler_coefficients(schedule: Schedule, ts: Sequence[float], eta: float) -> list[Affine]:
-    """Euler-Maruyama of dx = [f x + (1 + eta^2) g^2 eps / (2 sigma)] dt + eta g dw on the grid ts."""
-    records = []
-    for t, s in pairwise(ts):
-        dt, f, g2, sigma = s - t, schedule.f(t), schedule.g2(t), schedule.sigma(t)
-        if sigma == 0:
-            raise ValueError(f"the score is undefined where sigma = 0; got a step from t = {t!r}")
-        if not (math.isfinite(f) and math.isfinite(g2)):
-            raise ValueError(f"f and g^2 must be finite; got f = {f}, g^2 = {g2} at t = {t!r}")
-        noise = eta * math.sqrt(g2 * abs(dt))
-        records.append(Affine(t, 1 + f * dt, 0.5 * (1 + eta**2) * g2 / sigma * dt, noise))
-    return records
+def _euler(schedule: Schedule, t: float, dt: float, eta: float) -> Affine:
+    """A step dt of Euler-Maruyama on dx = [f x + (1 + eta^2) g^2 eps / (2 sigma)] dt + eta g dw, all at t."""
+    f, g2, sigma = schedule.f(t), schedule.g2(t), schedule.sigma(t)
+    if sigma == 0:
+        raise ValueError(f"the score is undefined where sigma = 0; got a step from t = {t!r}")
+    if not (math.isfinite(f) and math.isfinite(g2)):
+        raise ValueError(f"f and g^2 must be finite; got f = {f}, g^2 = {g2} at t = {t!r}")
+    noise = eta * math.sqrt(g2 * abs(dt))
+    return Affine(t, 1 + f * dt, 0.5 * (1 + eta**2) * g2 / sigma * dt, noise)
 
 
 @dataclass(frozen=True)
@@ -88,7 +52,7 @@ class EulerMaruyama(EtaSolver):
 
     def coefficients(self, schedule: Schedule, ts: Sequence[float]) -> list[Affine]:
         """Per interval the numbers of x <- a x + b eps + n z."""
-        return _euler_coefficients(schedule, ts, self.eta)
+        return [_euler(schedule, t, s - t, self.eta) for t, s in pairwise(ts)]
 
 
 @dataclass(frozen=True)
@@ -217,4 +181,35 @@ class Euler(AffineSolver):
 
     def coefficients(self, schedule: Schedule, ts: Sequence[float]) -> list[Affine]:
         """Per interval the numbers of x <- a x + b eps + n z."""
-        return _euler_coefficients(schedule, ts, eta=0.0)
+        return [_euler(schedule, t, s - t, eta=0.0) for t, s in pairwise(ts)]
+
+
+@dataclass(frozen=True)
+class Heun:
+    """Heun's method on the probability-flow ODE in t, of 2 evaluations a step. Order 2.
+
+    x_s = x + (s - t) (k_1 + k_2) / 2, k_1 the slope at x and t, k_2 that at x + (s - t) k_1 and s: the mean
+    of x and of where two Euler steps of length s - t lead, the second with the coefficients of s.
+    Source: Süli & Mayers 2003, section 12.5; for this ODE, Karras et al. 2022, algorithm 1.
+    """
+
+    order: ClassVar[float] = 2.0
+    stochastic: ClassVar[bool] = False
+
+    def coefficients(self, schedule: Schedule, ts: Sequence[float]) -> list[tuple[Affine, Affine]]:
+        """For each interval the two Euler steps."""
+        lengths = [(t, s, s - t) for t, s in pairwise(ts)]
+        return [(_euler(schedule, t, dt, 0.0), _euler(schedule, s, dt, 0.0)) for t, s, dt in lengths]
+
+    def step(
+        self,
+        denoiser: Denoiser,
+        x: Tensor,
+        c: tuple[Affine, Affine],
+        state: None,
+        noise: Callable[[], Tensor],
+    ) -> tuple[Tensor, None]:
+        """One step over the interval of record c; x (B, *)."""
+        first, second = c
+        end = second.apply(denoiser, first.apply(denoiser, x, noise), noise)
+        return torch.lerp(x, end, 0.5), None

@@ -1,8 +1,11 @@
 """DPM-Solver-1, -2, -3 as the survey's audit prints them (appendix A.7 to A.9), apart from the package.
 
-Written before the package's solvers and from the page alone, line for line, on 0-dim float64 tensors; DPM-Solver++(2M)
-follows Lu et al. 2022 (DPM-Solver++), algorithm 2. eps(x, t) is any noise model. Only VP, with its closed forms.
+Written before the package's solvers and from the page alone, line for line, on 0-dim float64 tensors;
+DPM-Solver++(2M) and (3M) follow Lu et al. 2022 (DPM-Solver++) and its official code. eps(x, t) is any noise
+model. Only VP, with its closed forms.
 """
+
+from itertools import pairwise
 
 import torch
 
@@ -84,7 +87,7 @@ def dpm_solver_pp_2m(eps, x, ts):
         return (x - sigma(t) * eps(x, t)) / alpha(t)
 
     before = h_before = None
-    for s, t in zip(ts[:-1], ts[1:], strict=True):
+    for s, t in pairwise(ts):
         h = lam(t) - lam(s)
         now = D = x_theta(x, s)
         if before is not None:
@@ -96,13 +99,13 @@ def dpm_solver_pp_2m(eps, x, ts):
 
 
 def dpm_solver_pp_3m(eps, x, ts, factor):
-    """DPM-Solver++(3M): D2 times `factor` is used; 1 is what the official code prints, 2 the second derivative."""
+    """DPM-Solver++(3M) with `factor` times D2: 1 is what the official code has, 2 the second derivative."""
 
     def x_theta(x, t):
         return (x - sigma(t) * eps(x, t)) / alpha(t)
 
     models, times = [], []
-    for s, t in zip(ts[:-1], ts[1:], strict=True):
+    for s, t in pairwise(ts):
         models, times = [x_theta(x, s), *models[:2]], [s, *times[:2]]
         h = lam(t) - lam(s)
         phi_1 = torch.expm1(-h)
