@@ -23,6 +23,26 @@ class Affine:
         return Prediction(x, self.schedule.alpha(t), self.schedule.sigma(t), "score", self.a * x + self.c)
 
 
+class AtTime:
+    """A denoiser asked at one time, whatever the time."""
+
+    def __init__(self, denoiser, t):
+        self.denoiser, self.t, self.schedule = denoiser, t, denoiser.schedule
+
+    def __call__(self, x, t):
+        return self.denoiser(x, self.t)
+
+
+def halving(kind):
+    """The denoiser of a network that halves its input."""
+
+    class Half(nn.Module):
+        def forward(self, x, lam):
+            return 0.5 * x
+
+    return NetDenoiser(Half(), VP(), kind)
+
+
 def hermite(n=80):
     """Nodes and weights for the mean over a standard Gaussian."""
     z, w = np.polynomial.hermite_e.hermegauss(n)
@@ -182,3 +202,67 @@ def test_sliced_score_matching_is_unbiased(generator):
     sign = torch.ones(10, 1, dtype=torch.float64)
     truth = exact(mix(), VP())
     torch.testing.assert_close(ssm_loss(truth, line, 0.2, sign), ism_loss(truth, line, 0.2))
+
+
+def test_implicit_score_matching_by_simulation_where_quadrature_is_dear(generator):
+    # in the plane: ISM's mean plus E|grad log p_t|^2 against the Fisher divergence, within 4 standard errors
+    schedule, t, n = VP(), 0.2, 20_000
+    law = asym3()
+    truth, x = exact(law, schedule), law.marginal(schedule, t).sample(n, generator)
+    exactly = truth(x, t).score
+    frozen = exact(law, schedule)(x, schedule.t_min).score  # the score of (almost) the data
+    for model, values in (
+        (truth, exactly),
+        (Affine(schedule, -0.8, 0.3), -0.8 * x + 0.3),
+        (AtTime(truth, schedule.t_min), frozen),
+    ):
+        fisher = (values - exactly).square().sum(1)
+        gap = ism_loss(model, x, t).detach() + exactly.square().sum(1) - fisher
+        assert within(gap.mean(), 0, gap.std() / math.sqrt(n))
+        assert float(gap.std()) > 0.1  # equal in the mean, not draw by draw
+
+
+@pytest.mark.parametrize("schedule", [VP(), MAIN["subvp"], MAIN["cosine"]], ids=repr)
+def test_the_three_objectives_differ_by_constants(schedule):
+    # for one law and three models: Fisher, implicit and denoising values, by quadrature
+    t, m, s = 0.4, 0.5, 0.6
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    variance = (alpha * s) ** 2 + sigma**2
+    z, w = hermite(20)
+    x = (alpha * m + math.sqrt(variance) * z)[:, None]
+    x0, eps = (v.reshape(-1, 1) for v in torch.meshgrid(m + s * z, z, indexing="ij"))
+    for a, c in ((-1 / variance, alpha * m / variance), (-1.0, 0.0), (0.4, -1.5)):
+        model = Affine(schedule, a, c)
+        fisher = float(w @ (a * x + c + (x - alpha * m) / variance)[:, 0] ** 2)
+        implicit = float(w @ ism_loss(model, x, t).detach())
+        sliced = float(w @ ssm_loss(model, x, t, torch.ones_like(x)).detach())
+        denoising = float(torch.outer(w, w).reshape(-1) @ dsm_loss(model, x0, t, eps, "score"))
+        assert implicit + 1 / variance == pytest.approx(fisher, abs=1e-8)  # E|grad log p|^2 = 1 / variance
+        assert sliced == pytest.approx(implicit, abs=1e-10)
+        assert denoising - (1 / sigma**2 - 1 / variance) == pytest.approx(fisher, abs=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_losses_follow_the_dtype_of_their_input(dtype, generator):
+    x = torch.randn(4, 2, generator=generator).to(dtype)
+    t = torch.rand(4, generator=generator)
+    for when in (0.3, t):
+        for loss in (
+            *(ism_loss(halving(kind), x, when) for kind in KINDS),
+            *(ssm_loss(halving(kind), x, when, x) for kind in KINDS),
+            *(dsm_loss(halving(kind), x, when, x, kind) for kind in KINDS),
+        ):
+            assert (loss.shape, loss.dtype) == ((4,), dtype)
+
+
+@pytest.mark.cuda
+def test_the_device_follows_the_input():
+    x = torch.randn(4, 2, device="cuda")
+    for t in (0.3, torch.tensor(0.3, device="cuda"), torch.linspace(0.1, 0.9, 4, device="cuda")):
+        for kind in KINDS:
+            denoiser = halving(kind)
+            assert ism_loss(denoiser, x, t).device == x.device
+            assert ssm_loss(denoiser, x, t, x).device == x.device
+            assert dsm_loss(denoiser, x, t, x, kind).device == x.device
+            host = dsm_loss(denoiser, x.cpu(), t.cpu() if isinstance(t, torch.Tensor) else t, x.cpu(), kind)
+            torch.testing.assert_close(dsm_loss(denoiser, x, t, x, kind).cpu(), host)

@@ -20,6 +20,7 @@ from problems import (
 from scipy.stats import kstest, norm
 
 from diffedu.denoiser import Counted
+from diffedu.exponential import DDIM
 from diffedu.metrics import empirical_order
 from diffedu.sampling import prior, sample
 from diffedu.schedules import VE, VP, Cosine
@@ -247,3 +248,89 @@ def test_a_corrector_mends_a_predictor_of_few_steps(schedule, generator):
         out = sample(exact(law, schedule), solver, x, ts, generator)
         distance[type(solver)] = kstest(out[:, 0].numpy(), want.cdf).statistic
     assert distance[PredictorCorrector] < 0.5 * distance[ReverseDiffusion]
+
+
+@pytest.mark.equation("eq-ancestral")
+def test_the_posterior_by_three_formulas():
+    # q(x_{i-1} | x_i, x0) of DDPM's chain: by Bayes, by Ho et al. 2020 (7) and by its noise form
+    betas = np.linspace(1e-4, 0.02, 1000)
+    bar = np.cumprod(1 - betas)
+    x0, x = 0.7, -1.1
+    for i in (1, 10, 500, 999):
+        beta, now, before = betas[i], bar[i], bar[i - 1]
+        precision = (1 - beta) / beta + 1 / (1 - before)
+        bayes = (math.sqrt(1 - beta) * x / beta + math.sqrt(before) * x0 / (1 - before)) / precision
+        of_data = math.sqrt(before) * beta / (1 - now)
+        of_state = math.sqrt(1 - beta) * (1 - before) / (1 - now)
+        eps = (x - math.sqrt(now) * x0) / math.sqrt(1 - now)
+        by_noise = (x - beta / math.sqrt(1 - now) * eps) / math.sqrt(1 - beta)
+        variance = (1 - before) / (1 - now) * beta
+        assert (of_data * x0 + of_state * x, by_noise) == pytest.approx((bayes, bayes), rel=1e-12, abs=1e-12)
+        assert variance == pytest.approx(1 / precision, rel=1e-12)
+    for schedule in MAIN.values():  # the same two formulas for any alpha and sigma
+        for t, s in ((0.9, 0.5), (0.5, 0.45), (0.3, 0.05)):
+            a = schedule.alpha(t) / schedule.alpha(s)
+            v = schedule.sigma(t) ** 2 - (a * schedule.sigma(s)) ** 2
+            precision = a**2 / v + 1 / schedule.sigma(s) ** 2
+            eps = (x - schedule.alpha(t) * x0) / schedule.sigma(t)
+            bayes = (a * x / v + schedule.alpha(s) * x0 / schedule.sigma(s) ** 2) / precision
+            (record,) = Ancestral().coefficients(schedule, [t, s])
+            assert record.a * x + record.b * eps == pytest.approx(bayes, rel=1e-11, abs=1e-11)
+            assert record.n**2 == pytest.approx(1 / precision, rel=1e-11)
+
+
+@pytest.mark.parametrize("schedule", MAIN.values(), ids=MAIN)
+def test_ancestral_is_ddim_with_eta_1(schedule, generator):
+    denoiser = exact(asym3(), schedule)
+    x = torch.randn(50, 2, dtype=torch.float64, generator=generator) * schedule.sigma(0.9)
+    ts = torch.linspace(0.9, 0.05, 13, dtype=torch.float64)
+    runs = [sample(denoiser, solver, x, ts, generator.manual_seed(1)) for solver in (Ancestral(), DDIM(1.0))]
+    torch.testing.assert_close(*runs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("schedule", [VP(), VE(), Cosine(t_max=0.99)], ids=repr)
+def test_reverse_euler_maruyama_has_the_moments_of_the_law(schedule, generator):
+    # a simulation against the exact law: the bias of the steps, by recursion, and 4 standard errors
+    law, draws, n = gaussian(MEAN, STD), 20_000, 200
+    denoiser, ts = exact(law, schedule), schedule.grid(n)
+    there, here = (law.marginal(schedule, t) for t in (schedule.t_max, schedule.t_min))
+    x = sample(denoiser, EulerMaruyama(), there.sample(draws, generator), ts, generator)
+    mean, variance = propagate(EulerMaruyama(), denoiser, ts, float(there.means), float(there.covs))
+    bias = mean - float(here.means), variance - float(here.covs)
+    assert max(map(abs, bias)) < 0.05
+    assert within(x.mean() - bias[0], float(here.means), math.sqrt(variance / draws))
+    assert within(x.var() - bias[1], float(here.covs), variance * math.sqrt(2 / draws))
+
+
+EVERY_SOLVER = [
+    Euler(),
+    EulerMaruyama(),
+    Ancestral(),
+    ReverseDiffusion(),
+    AnnealedLangevin(2, 0.1),
+    PredictorCorrector(Ancestral(), 1, 0.1),
+]
+NAMES = [type(solver).__name__ for solver in EVERY_SOLVER]
+
+
+@pytest.mark.parametrize("solver", EVERY_SOLVER, ids=NAMES)
+def test_the_state_keeps_its_dtype(solver, generator):
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(4, 2, dtype=dtype, generator=generator)
+        y = sample(exact(asym3(), VP()), solver, x, VP().grid(3), generator)
+        assert (y.shape, y.dtype) == (x.shape, dtype)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("solver", EVERY_SOLVER, ids=NAMES)
+def test_the_device_follows_the_state(solver):
+    denoiser, g = exact(asym3(), VP()), torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(4, 2, device="cuda", generator=g)
+    y = sample(denoiser, solver, x, VP().grid(3), g)
+    assert (y.device, y.dtype) == (x.device, x.dtype)
+    # one step with the same noise: what the CPU finds
+    (record,) = solver.coefficients(VP(), [0.5, 0.4])
+    z = torch.randn(4, 2, device="cuda", generator=g)
+    there, _ = solver.step(denoiser, x, record, None, lambda: z)
+    here, _ = solver.step(denoiser, x.cpu(), record, None, lambda: z.cpu())
+    torch.testing.assert_close(there.cpu(), here, rtol=1e-4, atol=1e-4)
