@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -17,9 +17,10 @@ from diffedu.denoiser import Denoiser, Prediction
 from diffedu.phi import phi
 from diffedu.schedules import Schedule
 
-NODES_PER_UNIT = (
-    12  # of lam: t is analytic in it, its nearest singularity a distance pi / 2 off the real line
-)
+Array: TypeAlias = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+
+# For each unit of lam: t is analytic in it, its nearest singularity a distance pi / 2 off the real line.
+GAUSS_NODES, GAUSS_WEIGHTS = np.polynomial.legendre.leggauss(12)
 
 
 class Multistep(ABC):
@@ -154,34 +155,36 @@ class DEIS(Multistep):
 
     def coefficients(self, schedule: Schedule, ts: Sequence[float]) -> list[Linear]:
         """For each interval the numbers of x <- a x + b_0 eps + b_1 eps_1 + ..."""
-        hs = _steps_in_lam(schedule, ts)
-        shares, weights = _gauss_rule(max(map(abs, hs)))
-        lams = [[schedule.lam(t) + h * u for u in shares] for t, h in zip(ts, hs, strict=False)]
-        times = schedule.t_of_lam(torch.tensor(lams, dtype=torch.float64))
-        nodes, zs = (times ** (1 / self.power)).tolist(), [t ** (1 / self.power) for t in ts]
-        records = []
-        for i, (t, s) in enumerate(pairwise(ts)):
-            h, sigma = hs[i], schedule.sigma(s)
-            past = zs[max(0, i + 1 - self.order) : i + 1][::-1]
-            b = [0.0] * len(past)
-            for u, w, z in zip(shares, weights, nodes[i], strict=True):
-                # alpha_s d(sigma / alpha) = -sigma_s e^(lam_s - lam) d lam
-                density = -sigma * h * w * math.exp((1 - u) * h)
-                for j in range(1, len(past)):
-                    b[j] += density * _lagrange(past, j, z)
-            b[0] = -sigma * math.expm1(h) - sum(b)  # the L_j add up to 1
-            records.append(Linear(t, schedule.alpha(s) / schedule.alpha(t), tuple(b)))
-        return records
+        n, hs = len(ts) - 1, np.array(_steps_in_lam(schedule, ts))[:, None]
+        shares, weights = _gauss_rule(float(abs(hs).max()))
+        lams = np.array([[schedule.lam(t)] for t in ts[:-1]]) + hs * shares
+        nodes = schedule.t_of_lam(torch.from_numpy(lams)).numpy() ** (1 / self.power)
+        # alpha_s d(sigma / alpha) = -sigma_s e^(lam_s - lam) d lam
+        sigmas = np.array([[schedule.sigma(s)] for s in ts[1:]])
+        density = -sigmas * hs * weights * np.exp((1 - shares) * hs)
+        z = np.array(ts)[:, None] ** (1 / self.power)
+        rows: list[list[float]] = []
+        for k in range(1, min(self.order, n) + 1):  # the k-th interval is of order k, then all of self.order
+            i, end = k - 1, n if k == self.order else k
+            past = [z[i - j : end - j] for j in range(k)]
+            b = [(density[i:end] * _lagrange(past, j, nodes[i:end])).sum(1) for j in range(1, k)]
+            b.insert(0, -(sigmas * np.expm1(hs))[i:end, 0] - sum(b))  # the L_j add up to 1
+            rows += np.stack(b, axis=1).tolist()
+        steps = zip(pairwise(ts), rows, strict=True)
+        return [Linear(t, schedule.alpha(s) / schedule.alpha(t), tuple(b)) for (t, s), b in steps]
 
 
-def _lagrange(nodes: Sequence[float], j: int, z: float) -> float:
-    """At z, the polynomial that is 1 at nodes[j] and 0 at the others."""
-    return math.prod((z - other) / (nodes[j] - other) for k, other in enumerate(nodes) if k != j)
+def _lagrange(nodes: Sequence[Array], j: int, z: Array) -> Array:
+    """At the places z, the polynomial that is 1 at nodes[j] and 0 at the others."""
+    value = np.ones_like(z)
+    for k, other in enumerate(nodes):
+        if k != j:
+            value *= (z - other) / (nodes[j] - other)
+    return value
 
 
-def _gauss_rule(length: float) -> tuple[list[float], list[float]]:
+def _gauss_rule(length: float) -> tuple[Array, Array]:
     """Nodes and weights on [0, 1], exact to rounding on a schedule for steps of this length in lam."""
-    x, w = np.polynomial.legendre.leggauss(NODES_PER_UNIT)
     panels = math.ceil(length)
-    nodes = [(i + 0.5 * (1 + u)) / panels for i in range(panels) for u in x.tolist()]
-    return nodes, [0.5 * v / panels for _ in range(panels) for v in w.tolist()]
+    nodes = (np.arange(panels)[:, None] + 0.5 * (1 + GAUSS_NODES)) / panels
+    return nodes.ravel(), np.tile(0.5 * GAUSS_WEIGHTS / panels, panels)

@@ -3,13 +3,15 @@ import math
 import numpy as np
 import pytest
 import torch
+import transcription
 from problems import MAIN, affine_step, asym3, asym3_reference, exact, gaussian, point_mass, propagate
 
-from diffedu.exponential import DDIM, DPMSolverPP2M
+from diffedu.denoiser import Prediction
+from diffedu.exponential import DDIM, DEIS, DPMSolver, DPMSolverPP2M, DPMSolverPP3M, fast_plan
 from diffedu.metrics import empirical_order
-from diffedu.sampling import encode, sample
-from diffedu.schedules import VP, Cosine
-from diffedu.solvers import Ancestral
+from diffedu.sampling import encode, sample, trajectory
+from diffedu.schedules import VE, VP, Cosine
+from diffedu.solvers import RK45, Ancestral
 
 every = pytest.mark.parametrize("schedule", MAIN.values(), ids=MAIN)
 TINY = {"rtol": 1e-12, "atol": 1e-12}
@@ -33,7 +35,9 @@ def test_without_noise_ddim_recombines_its_own_prediction(schedule, generator):
 
 @every
 @pytest.mark.parametrize("n", [1, 2, 10])
-@pytest.mark.parametrize("solver", [DDIM(), DPMSolverPP2M()], ids=repr)
+@pytest.mark.parametrize(
+    "solver", [DDIM(), DPMSolver(2), DPMSolverPP2M(), DPMSolverPP3M(), DEIS(3)], ids=repr
+)
 def test_data_at_one_point_is_carried_exactly_whatever_the_steps(schedule, n, solver, generator):
     denoiser = point_mass(schedule, [0.8, -0.3])
     x0, eps = denoiser.points, torch.randn(40, 2, dtype=torch.float64, generator=generator)
@@ -110,12 +114,14 @@ def test_the_weak_order_on_gaussian_data_is_1(eta):
 
 
 @pytest.mark.parametrize(
-    ("solver", "tolerance"), [(DDIM(), 0.05), (DPMSolverPP2M(), 0.1)], ids=["ddim", "2m"]
+    ("solver", "tolerance"),
+    [(DDIM(), 0.05), (DPMSolver(1), 0.05), (DPMSolver(2), 0.1), (DPMSolverPP2M(), 0.1), (DPMSolver(3), 0.05)],
+    ids=repr,
 )
 def test_the_order_on_a_mixture(solver, tolerance):
-    # audit, appendix E: pre-asymptotic below 160 steps; the median, not the root mean square
+    # the median, not the root mean square, which points near separatrices spoil
     x, reference = asym3_reference()
-    steps, denoiser = [160, 320, 640], exact(asym3(), VP())
+    steps, denoiser = [80, 160, 320, 640], exact(asym3(), VP())
     errors = [
         float((sample(denoiser, solver, x, VP().grid(n)) - reference).norm(dim=1).median()) for n in steps
     ]
@@ -131,3 +137,142 @@ def test_solvers_compare_by_value_and_say_what_they_are():
 def test_a_step_from_pure_noise_is_refused():
     with pytest.raises(ValueError, match=r"alpha, sigma > 0; got a step from t = 1\.0 to 0\.5"):
         DDIM().coefficients(Cosine(t_max=1.0), [1.0, 0.5])
+
+
+SPACINGS = [(12, "lam"), (7, "t"), (30, 2)]
+
+
+@pytest.mark.parametrize(("n", "spacing"), SPACINGS)
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_dpm_solver_agrees_with_the_transcription(order, n, spacing, generator):
+    denoiser, x = exact(asym3(), VP()), torch.randn(100, 2, dtype=torch.float64, generator=generator)
+    ts = VP().grid(n, spacing)
+    want = transcription.single_step(lambda y, t: denoiser(y, t).eps, x, ts, [order] * n)
+    torch.testing.assert_close(sample(denoiser, DPMSolver(order), x, ts), want, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("nfe", range(1, 13))
+def test_fast_plans_are_the_audits_and_spend_what_they_say(nfe, generator):
+    plan = fast_plan(nfe)
+    assert list(plan) == transcription.dpm_solver_fast_orders(nfe)
+    assert sum(plan) == nfe
+    denoiser, x = exact(asym3(), VP()), torch.randn(20, 2, dtype=torch.float64, generator=generator)
+    ts = VP().grid(len(plan))
+    steps = list(trajectory(denoiser, DPMSolver(plan), x, ts))
+    assert [step.nfe for step in steps] == [sum(plan[:i]) for i in range(len(plan) + 1)]
+    want = transcription.single_step(lambda y, t: denoiser(y, t).eps, x, ts, plan)
+    torch.testing.assert_close(steps[-1].x, want, rtol=1e-10, atol=1e-10)
+
+
+@every
+def test_dpm_solver_1_is_ddim(schedule, generator):
+    # audit S103
+    denoiser, x = exact(asym3(), schedule), torch.randn(40, 2, dtype=torch.float64, generator=generator)
+    for n in (1, 20):
+        one, other = (sample(denoiser, solver, x, schedule.grid(n)) for solver in (DPMSolver(1), DDIM()))
+        torch.testing.assert_close(one, other, **TINY)
+
+
+@every
+@pytest.mark.parametrize("order", [2, 3])
+def test_dpm_solver_converges_on_every_schedule_and_upward(schedule, order, generator):
+    denoiser, steps = exact(asym3(), schedule), [8, 16, 32]
+    x = asym3().marginal(schedule, 0.2).sample(20, generator)
+    want, errors = encode(denoiser, RK45(1e-10, 1e-10), x, [0.2, 0.6]), []
+    for n in steps:
+        ts = torch.linspace(0.2, 0.6, n + 1, dtype=torch.float64)
+        errors.append(float((encode(denoiser, DPMSolver(order), x, ts) - want).norm(dim=1).median()))
+    assert empirical_order([1 / n for n in steps], errors) > order - 0.25
+    assert errors[-1] < 1e-2
+
+
+def test_there_and_back_to_eight_digits(generator):
+    denoiser, ts = exact(asym3(), VP()), torch.linspace(0.6, 0.1, 601, dtype=torch.float64)
+    x = asym3().marginal(VP(), 0.1).sample(20, generator)
+    back = sample(denoiser, DPMSolver(3), encode(denoiser, DPMSolver(3), x, ts.flip(0)), ts)
+    torch.testing.assert_close(back, x, rtol=0, atol=1e-8)
+
+
+def test_dpm_solver_in_the_limit_of_a_tiny_step(generator):
+    # h = 1e-9: no digit of the step itself is lost
+    denoiser, x = exact(asym3(), VP()), torch.randn(20, 2, dtype=torch.float64, generator=generator)
+    t = 0.4
+    s = VP().t_of_lam(VP().lam(t) + 1e-9)
+    want = sample(denoiser, DDIM(), x, [t, s]) - x
+    for order in (2, 3):
+        got = sample(denoiser, DPMSolver(order), x, [t, s]) - x
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-15)
+
+
+def test_bad_orders_and_plans_are_refused():
+    for order in (0, 4, 1.5, True, (), (1, 4), "2", None):
+        with pytest.raises(ValueError, match="order must be 1, 2 or 3, or a plan of those; got"):
+            DPMSolver(order)
+    with pytest.raises(
+        ValueError, match="a plan of 3 steps needs a grid of as many steps, 4 times; got 6 times"
+    ):
+        DPMSolver((3, 2, 1)).coefficients(VP(), VP().grid(5).tolist())
+    for nfe in (0, -3, 2.5, True):
+        with pytest.raises(ValueError, match=f"nfe must be an int of at least 1; got {nfe}"):
+            fast_plan(nfe)
+    for order in (1, 2, 3):
+        with pytest.raises(ValueError, match=r"alpha, sigma > 0; got a step from t = 1\.0 to 0\.5"):
+            DPMSolver(order).coefficients(Cosine(t_max=1.0), [1.0, 0.5])
+    assert DPMSolver(3) != DPMSolver((3, 3)) == DPMSolver([3, 3])
+    assert (repr(DPMSolver(3)), repr(DPMSolver((3, 1)))) == ("DPMSolver(3)", "DPMSolver((3, 1))")
+    assert (DPMSolver(2).order, DPMSolver((1, 3)).order, DPMSolver(2).stochastic) == (2, 3, False)
+
+
+# What the survey prints, run: each must fail where the right form holds.
+
+
+@pytest.mark.parametrize("schedule", [VP(), VE()], ids=repr)
+def test_the_printed_sign_of_dpm_solver_1_is_wrong(schedule, generator):
+    # audit S98: alpha_t (sigma_t / alpha_t - sigma_s / alpha_s) eps must be subtracted with the other sign
+    denoiser, x = exact(asym3(), schedule), torch.randn(20, 2, dtype=torch.float64, generator=generator)
+    s, t = 0.6, 0.5
+    alpha_s, alpha_t, sigma_s, sigma_t = (c(u) for c in (schedule.alpha, schedule.sigma) for u in (s, t))
+    eps = denoiser(x, s).eps
+    step = alpha_t * (sigma_s / alpha_s - sigma_t / alpha_t) * eps
+    ours = sample(denoiser, DPMSolver(1), x, [s, t])
+    torch.testing.assert_close(ours, alpha_t / alpha_s * x - step, **TINY)
+    printed = alpha_t / alpha_s * x + step
+    want = -2 * eps * (alpha_s * sigma_t - alpha_t * sigma_s) / alpha_s
+    torch.testing.assert_close(printed - ours, want, **TINY)
+    assert float((printed - ours).abs().max()) > 0.1
+
+
+def test_the_printed_half_in_the_score_inflates_the_data():
+    # audit S74: with s = -eps / (2 sigma) unit Gaussian data widen by exp((B(1) - B(t_min)) / 4)
+    denoiser, x = exact(gaussian(), VP()), torch.tensor([[0.5], [-1.0]], dtype=torch.float64)
+
+    def halved(x, t):
+        p = denoiser(x, t)
+        return Prediction(x, p.alpha, p.sigma, "score", 0.5 * p.score)
+
+    halved.schedule = VP()
+    right, printed = (sample(d, RK45(1e-9, 1e-9), x, [1.0, 1e-3]) for d in (denoiser, halved))
+    torch.testing.assert_close(right, x, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(printed, 12.3354 * x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_printed_lambda_is_upside_down():
+    # audit S86: eq. 15 holds with lam = log(alpha / sigma) on an exact trajectory, not with log(sigma / alpha)
+    schedule, law, s, t = VP(), gaussian(0.5, 0.7), 0.6, 0.3
+
+    def x_at(u):  # Gaussian data: the ODE moves every point at a fixed number of standard deviations
+        there = law.marginal(schedule, u)
+        return there.means + 1.3 * there.covs[0].sqrt()
+
+    def right_side(sign):  # lam = sign log(alpha / sigma)
+        u, w = np.polynomial.legendre.leggauss(40)
+        low, high = schedule.lam(s), schedule.lam(t)
+        total = 0.0
+        for lam, weight in zip(low + (high - low) * 0.5 * (1 + u), 0.5 * w, strict=True):
+            now = schedule.t_of_lam(float(lam))
+            eps = exact(law, schedule)(x_at(now), now).eps
+            total = total + sign * (high - low) * weight * math.exp(-sign * lam) * eps
+        return schedule.alpha(t) / schedule.alpha(s) * x_at(s) - schedule.alpha(t) * total
+
+    torch.testing.assert_close(right_side(1), x_at(t), rtol=1e-10, atol=1e-10)
+    assert float((right_side(-1) - x_at(t)).abs()) > 0.5
