@@ -50,6 +50,8 @@ def test_data_at_one_point_is_carried_exactly_whatever_the_steps(schedule, n, so
     # what rounding the first state costs at the last
     gain = schedule.alpha(schedule.t_min) / schedule.alpha(schedule.t_max)
     rounding = 1e-12 * schedule.sigma(schedule.t_max) + 1e-14 * gain
+    if isinstance(solver, DPMSolver):  # the noise, read again from a rounded state, weighs e^h
+        rounding *= 1e3
     torch.testing.assert_close(down, at(schedule.t_min), rtol=0, atol=rounding)
     up = encode(denoiser, solver, at(0.1), [0.1, 0.4, 0.8])
     torch.testing.assert_close(up, at(0.8), rtol=1e-11, atol=1e-11)
@@ -257,7 +259,7 @@ def test_the_printed_half_in_the_score_inflates_the_data():
 
 
 def test_the_printed_lambda_is_upside_down():
-    # audit S86: eq. 15 holds with lam = log(alpha / sigma) on an exact trajectory, not with log(sigma / alpha)
+    # audit S86: on an exact trajectory eq. 15 holds with lam = log(alpha / sigma), not log(sigma / alpha)
     schedule, law, s, t = VP(), gaussian(0.5, 0.7), 0.6, 0.3
 
     def x_at(u):  # Gaussian data: the ODE moves every point at a fixed number of standard deviations
