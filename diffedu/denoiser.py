@@ -40,7 +40,7 @@ class Prediction:
                 return -self.sigma * self.value
             case "v":
                 a2s2 = self.alpha**2 + self.sigma**2
-                return (self.sigma / a2s2) * self.x + (self.alpha / a2s2) * self.value
+                return _sum(self.sigma / a2s2, self.x, self.alpha / a2s2, self.value)
             case _:
                 return (self.x - self.alpha * self.value) / self._nonzero("sigma", "eps")
 
@@ -52,7 +52,7 @@ class Prediction:
                 return self.value
             case "v":
                 a2s2 = self.alpha**2 + self.sigma**2
-                return (self.alpha / a2s2) * self.x - (self.sigma / a2s2) * self.value
+                return _sum(self.alpha / a2s2, self.x, -self.sigma / a2s2, self.value)
             case _:
                 return (self.x - self.sigma * self.eps) / self._nonzero("alpha", "x0")
 
@@ -72,6 +72,11 @@ class Prediction:
         if zero:
             raise ValueError(f"the reading {reading} of a {self.kind} prediction is undefined at {name} = 0")
         return value
+
+
+def _sum(a: float | Tensor, x: Tensor, b: float | Tensor, y: Tensor) -> Tensor:
+    """a x + b y; two kernels instead of three where b is a number."""
+    return a * x + b * y if isinstance(b, Tensor) else torch.add(a * x, y, alpha=b)
 
 
 class Denoiser(Protocol):
