@@ -30,8 +30,9 @@ def solve(
     maps states (m, 1) and a time to (m, 1), rho2 a time to rho^2 >= 0. ts strictly ascending, or descending:
     then the SDE runs in reverse time, its drift being dx/dt for dt < 0 as in `reverse_drift`. Between two
     times the steps are equal and at most dt, by default the spacing squared, with which the error is second
-    order in the spacing (first order where rho = 0, the upwind scheme). Mass is kept to rounding and no
-    density turns negative, whatever dt. Computed in float64; comes back like p0. No gradients are recorded.
+    order in the spacing (first order where rho = 0, the upwind scheme). Whatever dt, no density turns
+    negative and mass is kept to rounding, which grows with rho^2 dt / h^2. Computed in float64; comes back
+    like p0. No gradients are recorded.
     Raises ValueError for a grid, density, times, dt, drift or rho^2 other than these.
     Source: Chang & Cooper 1970, their weights; implicit Euler, coefficients from the middle of the step.
     """
@@ -87,7 +88,7 @@ def _implicit_step(p: Array, a: Array, D: float, h: float, dt: float) -> Array:
     """One implicit Euler step of d_t p = -d_x F, where cell i hands F = right p_i - left p_{i+1} to i + 1.
 
     With D constant, F = a p - D p' is the same all the way between two centres if right, left are max(+-a, 0)
-    + (D / h) w / (e^w - 1), w = |a| h / D: central where diffusion rules, upwind where D -> 0, never negative.
+    + (D / h) w / (e^w - 1), w = |a| h / D: central where diffusion rules, upwind as D -> 0, never negative.
     The matrix then has a positive diagonal, no other positive entry, and columns that sum to 1 (here h / dt):
     its inverse has no negative entry, so densities stay positive, and it keeps sums, so mass is kept.
     """

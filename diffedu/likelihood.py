@@ -75,7 +75,7 @@ def log_likelihood(
             divergence = torch.zeros_like(u)
             for e in directions:
                 e = e[rows]
-                (e_J,) = torch.autograd.grad((e * v).sum() + 0 * x_t.sum(), x_t, retain_graph=True)
+                (e_J,) = torch.autograd.grad((e * v).sum(), x_t, retain_graph=True)
                 divergence += (e_J * e).flatten(1).sum(1)
         found = torch.cat([v.detach().flatten(1) / rho, divergence.unsqueeze(1)], 1)
         bad = ~found.isfinite().all(1)
