@@ -235,34 +235,3 @@ def ct_loss(
     with torch.no_grad():
         goal = target(perturb(schedule, x0, s, eps), s)
     return (distance or PseudoHuber())(f(perturb(schedule, x0, t, eps), t), goal)
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """How finely time is divided at step k of a training: from `first` intervals to `last`.
-
-    N^2 grows evenly in k (algorithm 3's schedule, its N - 1 counted as intervals). The target's decay is
-    mu^(first / N), so that the target's lag shrinks as the intervals do.
-    Raises ValueError for counts below 1, last < first and a decay outside [0, 1).
-    Source: Song et al. 2023, appendix C.
-    """
-
-    steps: int
-    first: int
-    last: int
-    mu: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_count("steps", self.steps)
-        require_count("last", self.last, require_count("first", self.first))
-        if not 0 <= self.mu < 1:
-            raise ValueError(f"mu must lie in [0, 1); got {self.mu!r}")
-
-    def intervals_at(self, step: int) -> int:
-        """N: how many intervals divide [t_min, t_max]."""
-        square = self.first**2 + min(step / self.steps, 1.0) * ((self.last + 1) ** 2 - self.first**2)
-        return min(max(math.ceil(math.sqrt(square) - 1), self.first), self.last)
-
-    def decay_at(self, step: int) -> float:
-        """mu: the decay of the slow copy that gives the target."""
-        return float(self.mu ** (self.first / self.intervals_at(step)))

@@ -30,6 +30,18 @@ def draw_times(schedule: Schedule, n: int, generator: torch.Generator) -> Tensor
     return torch.cat([uniform, schedule.t_of_lam(lam)])
 
 
+def shipped_net(name: str) -> MLP:
+    """The network of that name that comes with the package, on the CPU, in evaluation mode.
+
+    Torch's global generator is left as it was. Raises ValueError where there is none of that name.
+    """
+    tensors, _ = weights.shipped(name)
+    with torch.random.fork_rng(devices=[]):
+        net = MLP()
+    net.load_state_dict(tensors)
+    return net.eval().requires_grad_(False)
+
+
 @dataclass(frozen=True)
 class Teacher:
     """A v-prediction MLP for 2D data and all that its training depends on besides the seed.
@@ -92,8 +104,16 @@ class Teacher:
         )
         return self.denoiser(fitted.net)
 
-    def save(self, path: str | Path, denoiser: NetDenoiser, seed: int) -> None:
-        """Write the network with all that made it: command, recipe, seed, digests of data and tensors."""
+    @property
+    def summary(self) -> str:
+        """What it is, in a line."""
+        return f"the teacher on {self.name} data: {self.recipe.steps} steps of {self.batch}"
+
+    def save(self, path: str | Path, denoiser: NetDenoiser, seed: int) -> list[Path]:
+        """Write the network with all that made it: command, recipe, seed, digests of data and tensors.
+
+        Returns the files written, here one.
+        """
         tensors = denoiser.net.state_dict()
         recipe = asdict(self.recipe) | {"batch": self.batch, "points": self.points}
         metadata = {
@@ -106,13 +126,11 @@ class Teacher:
             "torch": torch.__version__,
         }
         weights.write(path, tensors, metadata)
+        return [Path(path)]
 
     def load(self) -> NetDenoiser:
         """The network that comes with the package, on the CPU, in evaluation mode."""
-        tensors, _ = weights.shipped(self.name)
-        net = MLP()
-        net.load_state_dict(tensors)
-        return self.denoiser(net.eval().requires_grad_(False))
+        return self.denoiser(shipped_net(self.name))
 
 
 SWISS_ROLL = Teacher("swiss-roll", swiss_roll, Recipe(steps=5000, lr=1.5e-2, ema=0.998))

@@ -10,7 +10,6 @@ from torch import nn
 from diffedu.consistency import (
     ConsistencyFunction,
     PseudoHuber,
-    Refinement,
     SolutionMap,
     SquaredL2,
     cd_loss,
@@ -310,28 +309,6 @@ def test_the_distances():
         assert PseudoHuber(c)(a, b).tolist() == pytest.approx(want, rel=1e-6)
     with pytest.raises(ValueError, match=r"c must be positive; got 0\.0"):
         PseudoHuber(0.0)
-
-
-def test_time_is_divided_more_finely_as_training_goes_on():
-    # A.11 with s_0 = 2, s_1 = 150, mu_0 = .95: N levels are N - 1 intervals
-    refinement, total = Refinement(1000, 2, 150, 0.95), 1000
-    for k in (1, 10, 100, 500, 999, 1000):
-        n = math.ceil(math.sqrt(k / total * (151**2 - 2**2) + 2**2) - 1) + 1
-        assert refinement.intervals_at(k) == n - 1
-        assert refinement.decay_at(k) == pytest.approx(math.exp(2 * math.log(0.95) / (n - 1)))
-    counts = [refinement.intervals_at(k) for k in range(1200)]
-    assert counts[0] == 2
-    assert counts == sorted(counts)
-    assert counts[-1] == 150
-    assert Refinement(10, 4, 4).decay_at(3) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"), [((10, 4, 3), "last"), ((0, 1, 1), "steps"), ((9, 1, 2, 1.0), "mu")]
-)
-def test_bad_refinements_are_refused(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        Refinement(*arguments)
 
 
 @pytest.mark.cuda

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from diffedu import train, weights
+from diffedu.consistency_students import Refinement
 from diffedu.teachers import MOONS, SWISS_ROLL
 from diffedu.training import Recipe
 
@@ -18,10 +19,27 @@ def short(monkeypatch):
     """The command with recipes of a few steps."""
     for name, teacher in (("SWISS_ROLL", SWISS_ROLL), ("MOONS", MOONS)):
         recipe = Recipe(steps=20, lr=1e-2, ema=0.9)
-        monkeypatch.setattr(train, name, replace(teacher, recipe=recipe, points=1000))
+        small = replace(teacher, recipe=recipe, points=1000)
+        monkeypatch.setattr(train, name, small)
+        distilled = replace(
+            getattr(train, f"{name}_DISTILLED"),
+            teacher=small,
+            generations=((2, recipe), (1, recipe)),
+            kept=(2, 1),
+        )
+        monkeypatch.setattr(train, f"{name}_DISTILLED", distilled)
+        for kind in ("CONSISTENCY", "CONSISTENCY_TRAINED"):
+            student = getattr(train, f"{name}_{kind}")
+            few = replace(student, teacher=small, recipe=recipe, refinement=Refinement(20, 2, 4))
+            monkeypatch.setattr(train, f"{name}_{kind}", few)
 
 
-@pytest.mark.parametrize("name", ["swiss-roll", "moons"])
+STUDENTS = [
+    f"{data}-{kind}" for data in ("swiss-roll", "moons") for kind in ("consistency", "consistency-training")
+]
+
+
+@pytest.mark.parametrize("name", ["swiss-roll", "moons", *STUDENTS])
 def test_one_command_trains_and_writes(name, short, tmp_path, capsys):
     out = tmp_path / "deep" / "net.safetensors"
     assert train.main([name, "--seed", "4", "--out", str(out), "--device", "cpu"]) == 0
@@ -31,6 +49,18 @@ def test_one_command_trains_and_writes(name, short, tmp_path, capsys):
     said = capsys.readouterr().out
     assert f"{name}, seed 4" in said
     assert metadata["digest"][:16] in said
+
+
+def test_a_distillation_writes_a_file_for_each_student(short, tmp_path, capsys):
+    out = tmp_path / "net.safetensors"
+    assert train.main(["moons-distill", "--seed", "4", "--out", str(out), "--device", "cpu"]) == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["net-1.safetensors", "net-2.safetensors"]
+    said = capsys.readouterr().out
+    for n in (1, 2):
+        tensors, metadata = weights.read(tmp_path / f"net-{n}.safetensors")
+        assert metadata["command"] == "python -m diffedu.train moons-distill --seed 4"
+        assert metadata["digest"] == weights.digest(tensors)
+        assert metadata["digest"][:16] in said
 
 
 def test_the_same_command_writes_the_same_network(short, tmp_path):
@@ -81,5 +111,6 @@ def test_help_names_every_network():
     done = subprocess.run(
         [sys.executable, "-m", "diffedu.train", "--help"], capture_output=True, text=True, check=True
     )
-    assert "swiss-roll" in done.stdout
-    assert "moons" in done.stdout
+    names = [network.name for network in train.networks()]
+    assert len(names) == 8
+    assert all(name in done.stdout for name in names)

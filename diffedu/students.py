@@ -1,0 +1,159 @@
+"""Students by progressive distillation: recipes, training, shipped files; and what all students share."""
+
+import copy
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from diffedu import weights
+from diffedu.denoiser import NetDenoiser
+from diffedu.distillation import progressive_loss, snr_plus_one
+from diffedu.teachers import MOONS, SWISS_ROLL, Teacher, shipped_net
+from diffedu.training import Loss, Recipe, fit
+
+Place = str | Path
+
+
+@dataclass(frozen=True)
+class Student:
+    """A teacher, its data, and a network learned with them; the loss and the training are the subclass's."""
+
+    teacher: Teacher
+    taught: ClassVar[bool] = True  # whether the training needs the teacher, not only its data
+    suffix: ClassVar[str]
+
+    @property
+    def name(self) -> str:
+        """The command's name, and the file's."""
+        return f"{self.teacher.name}-{self.suffix}"
+
+    def draw(self, data: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """n rows of the data and as much noise, (n, D) each."""
+        rows = torch.randint(len(data), (n,), generator=generator, device=data.device)
+        x0 = data[rows]
+        return x0, torch.randn(x0.shape, generator=generator, device=data.device)
+
+    def write(self, path: Place, net: nn.Module, seed: int, recipe: dict[str, object]) -> Path:
+        """One network with all that made it: command, recipe, seed, digests of teacher, data and tensors."""
+        tensors = net.state_dict()
+        metadata = {
+            "command": f"python -m diffedu.train {self.name} --seed {seed}",
+            "recipe": json.dumps(recipe | {"points": self.teacher.points}),
+            "schedule": repr(self.teacher.schedule),
+            "seed": str(seed),
+            "teacher_digest": weights.shipped(self.teacher.name)[1]["digest"] if self.taught else "none",
+            "data_digest": weights.digest({"data": self.teacher.data(seed)}),
+            "digest": weights.digest(tensors),
+            "torch": torch.__version__,
+        }
+        weights.write(path, tensors, metadata)
+        return Path(path)
+
+
+def numbered(path: Place, n: int) -> Path:
+    """The path with -n before its suffix."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}-{n}{path.suffix}")
+
+
+@dataclass(frozen=True)
+class Distilled(Student):
+    """Students by progressive distillation, generation after generation: (number of steps, recipe), halving.
+
+    The times are uniform in t, so that a student's step from t to s is its teacher's two by (t + s) / 2. The
+    first generation's teacher makes twice its steps. The students of `kept` steps come with the package.
+    Raises ValueError for generations that do not halve. Source: Salimans & Ho 2022, algorithm 2.
+    """
+
+    generations: tuple[tuple[int, Recipe], ...]
+    batch: int = 512
+    kept: tuple[int, ...] = (8, 4, 2, 1)
+    suffix: ClassVar[str] = "distill"
+
+    def __post_init__(self) -> None:
+        counts = [n for n, _ in self.generations]
+        if not counts or any(a != 2 * b for a, b in pairwise(counts)):
+            raise ValueError(f"each generation must make half the steps of the one before; got {counts}")
+
+    @property
+    def summary(self) -> str:
+        """What it is, in a line."""
+        kept = ", ".join(map(str, self.kept))
+        return f"progressive distillation of the teacher {self.teacher.name} to {kept} steps, a file for each"
+
+    def grid(self, n: int) -> Tensor:
+        """The times of the student of n steps, (n + 1,) float64: for `sample` with `DDIM()`."""
+        return self.teacher.schedule.grid(n, "t")
+
+    def loss(self, teacher: NetDenoiser, n: int, data: Tensor) -> Loss:
+        """What `fit` minimises for the student of n steps: the error in v, (batch,)."""
+        times = self.grid(n).to(data)
+
+        def values(net: nn.Module, generator: torch.Generator) -> Tensor:
+            x0, eps = self.draw(data, self.batch, generator)
+            i = torch.randint(n, (self.batch,), generator=generator, device=data.device)
+            student = self.teacher.denoiser(net)
+            return progressive_loss(student, teacher, x0, times[i], times[i + 1], eps, snr_plus_one)
+
+        return values
+
+    def train(
+        self,
+        seed: int,
+        *,
+        device: torch.device | str = "cpu",
+        checkpoint: Place | None = None,
+        every: int = 1000,
+        progress: bool = True,
+    ) -> dict[int, NetDenoiser]:
+        """The students by their number of steps; `every` and `progress` as in `fit`.
+
+        Each generation has a checkpoint of its own: `checkpoint` with -n before its suffix.
+        """
+        generator = torch.Generator(device).manual_seed(seed)
+        data, net = self.teacher.data(seed).to(device), self.teacher.load().net.to(device)
+        students: dict[int, NetDenoiser] = {}
+        for n, recipe in self.generations:
+            fitted = fit(
+                copy.deepcopy(net).requires_grad_(True),
+                self.loss(self.teacher.denoiser(net), n, data),
+                recipe,
+                generator,
+                checkpoint=None if checkpoint is None else numbered(checkpoint, n),
+                every=every,
+                progress=progress,
+            )
+            net = fitted.net
+            students[n] = self.teacher.denoiser(net)
+        return students
+
+    def save(self, path: Place, students: Mapping[int, NetDenoiser], seed: int) -> list[Path]:
+        """Write those that are kept, the student of n steps to `path` with -n before its suffix."""
+        recipe = {"generations": [[n, asdict(recipe)] for n, recipe in self.generations], "batch": self.batch}
+        return [
+            self.write(numbered(path, n), students[n].net, seed, recipe | {"student_steps": n})
+            for n in self.kept
+        ]
+
+    def load(self, n: int) -> NetDenoiser:
+        """The student of n steps that comes with the package. Raises ValueError for one that does not."""
+        return self.teacher.denoiser(shipped_net(f"{self.name}-{n}"))
+
+
+def _generations(steps: dict[int, int]) -> tuple[tuple[int, Recipe], ...]:
+    """Generations of so many training steps; fine ones, which have little to learn, at small rates."""
+    return tuple(
+        (n, Recipe(count, lr=1e-3 if n > 64 else 2e-3 if n > 16 else 4e-3, ema=0.98 if n > 16 else 0.995))
+        for n, count in steps.items()
+    )
+
+
+_STEPS = {512: 100, 256: 100, 128: 150, 64: 200, 32: 250, 16: 500, 8: 1000, 4: 1200, 2: 2200, 1: 2200}
+SWISS_ROLL_DISTILLED = Distilled(SWISS_ROLL, _generations(_STEPS))
+MOONS_DISTILLED = Distilled(MOONS, _generations(_STEPS))

@@ -1,0 +1,277 @@
+"""The students: what decides their training, its resume, their files, and the shipped ones."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import within
+from torch import nn
+
+from diffedu import weights
+from diffedu.consistency import ConsistencyFunction, multistep
+from diffedu.consistency_students import (
+    MOONS_CONSISTENCY,
+    MOONS_CONSISTENCY_TRAINED,
+    SWISS_ROLL_CONSISTENCY,
+    SWISS_ROLL_CONSISTENCY_TRAINED,
+    Refinement,
+    Tracked,
+    levels,
+)
+from diffedu.exponential import DDIM
+from diffedu.metrics import sliced_w2
+from diffedu.sampling import prior, sample
+from diffedu.schedules import VP
+from diffedu.students import MOONS_DISTILLED, SWISS_ROLL_DISTILLED, Distilled
+from diffedu.teachers import SWISS_ROLL
+from diffedu.training import Recipe
+
+RECIPE = Recipe(steps=25, lr=4e-3, ema=0.9)
+SMALL = replace(SWISS_ROLL, points=2000)
+DISTILLED = replace(SWISS_ROLL_DISTILLED, teacher=SMALL, generations=((2, RECIPE), (1, RECIPE)), kept=(2, 1))
+DISTILLED_CM, TRAINED_CM = (
+    replace(student, teacher=SMALL, recipe=RECIPE, refinement=Refinement(25, 2, 6, 0.9))
+    for student in (SWISS_ROLL_CONSISTENCY, SWISS_ROLL_CONSISTENCY_TRAINED)
+)
+SHORT = {"distill": DISTILLED, "consistency": DISTILLED_CM, "consistency-training": TRAINED_CM}
+CONSISTENCY = [
+    SWISS_ROLL_CONSISTENCY,
+    MOONS_CONSISTENCY,
+    SWISS_ROLL_CONSISTENCY_TRAINED,
+    MOONS_CONSISTENCY_TRAINED,
+]
+each_short = pytest.mark.parametrize("student", SHORT.values(), ids=SHORT)
+each_consistency = pytest.mark.parametrize("student", CONSISTENCY, ids=lambda s: s.name)
+each_distilled = pytest.mark.parametrize(
+    "student", [SWISS_ROLL_DISTILLED, MOONS_DISTILLED], ids=lambda s: s.name
+)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def digests(trained):
+    nets = {n: d.net for n, d in trained.items()} if isinstance(trained, dict) else {0: trained.net}
+    return {n: weights.digest(net.state_dict()) for n, net in nets.items()}
+
+
+@each_short
+def test_training_is_decided_by_the_seed_alone(student, global_rng_untouched):
+    found = [digests(student.train(seed, progress=False)) for seed in (0, 0, 1)]
+    assert found[0] == found[1]
+    assert all(found[0][n] != found[2][n] for n in found[0])
+
+
+def killed(student, at):
+    """The student with a loss that is interrupted at its call number `at`."""
+    calls = []
+
+    class Killed(type(student)):
+        def loss(self, *arguments):
+            values = super().loss(*arguments)
+
+            def loss(net, generator):
+                calls.append(1)
+                if len(calls) == at:
+                    raise KeyboardInterrupt
+                return values(net, generator)
+
+            return loss
+
+    return Killed(**vars(student))
+
+
+STOPS = [*((s, at) for s in SHORT.values() for at in (13, 25)), (DISTILLED, 38)]
+
+
+@pytest.mark.parametrize(("student", "at"), STOPS, ids=lambda v: getattr(v, "suffix", v))
+def test_an_interrupted_training_goes_on_to_the_same_bits(student, at, tmp_path):
+    file = tmp_path / "run.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        killed(student, at).train(0, checkpoint=file, every=10, progress=False)
+    again = student.train(0, checkpoint=file, every=10, progress=False)
+    assert digests(again) == digests(student.train(0, progress=False))
+
+
+@each_short
+def test_a_saved_student_says_what_made_it(student, tmp_path):
+    trained = student.train(3, progress=False)
+    files = student.save(tmp_path / "x.safetensors", trained, 3)
+    names = ["x-2.safetensors", "x-1.safetensors"] if student is DISTILLED else ["x.safetensors"]
+    assert [f.name for f in files] == names
+    for file, (n, digest) in zip(files, digests(trained).items(), strict=True):
+        tensors, made = weights.read(file)
+        assert made["digest"] == weights.digest(tensors) == digest
+        assert made["command"] == f"python -m diffedu.train swiss-roll-{student.suffix} --seed 3"
+        assert made["seed"] == "3"
+        taught = student is not TRAINED_CM
+        assert made["teacher_digest"] == (weights.shipped("swiss-roll")[1]["digest"] if taught else "none")
+        assert made["data_digest"] == weights.digest({"data": SMALL.data(3)})
+        recipe = json.loads(made["recipe"])
+        assert recipe["batch"] == 512
+        assert recipe["points"] == 2000
+        if student is DISTILLED:
+            assert recipe["student_steps"] == n
+            assert [steps for steps, _ in recipe["generations"]] == [2, 1]
+        else:
+            assert recipe["refinement"] == {"steps": 25, "first": 2, "last": 6, "mu": 0.9}
+            assert recipe["steps"] == 25
+
+
+@pytest.mark.parametrize("counts", [(), (4, 1), (1, 2), (4, 2, 2)])
+def test_generations_that_do_not_halve_are_refused(counts):
+    with pytest.raises(ValueError, match="half the steps"):
+        Distilled(SMALL, tuple((n, RECIPE) for n in counts))
+
+
+def test_each_generation_starts_from_the_one_before_and_learns_its_two_steps():
+    seen = []
+
+    class Watched(Distilled):
+        def loss(self, teacher, n, data):
+            values = super().loss(teacher, n, data)
+            seen.append((n, weights.digest(teacher.net.state_dict())))
+
+            def loss(net, generator):
+                if len(seen) == n_before[0]:
+                    n_before[0] += 1
+                    assert (
+                        weights.digest(net.state_dict()) == seen[-1][1]
+                    )  # the student starts as its teacher
+                return values(net, generator)
+
+            return loss
+
+    n_before = [1]
+    students = Watched(**vars(DISTILLED)).train(0, progress=False)
+    assert [n for n, _ in seen] == [2, 1]
+    assert seen[0][1] == weights.shipped("swiss-roll")[1]["digest"]
+    assert seen[1][1] == weights.digest(students[2].net.state_dict())
+
+
+def test_time_is_divided_more_finely_as_training_goes_on():
+    # A.11 with s_0 = 2, s_1 = 150, mu_0 = .95: N levels are N - 1 intervals
+    refinement, total = Refinement(1000, 2, 150, 0.95), 1000
+    for k in (1, 10, 100, 500, 999, 1000):
+        n = math.ceil(math.sqrt(k / total * (151**2 - 2**2) + 2**2) - 1) + 1
+        assert refinement.intervals_at(k) == n - 1
+        assert refinement.decay_at(k) == pytest.approx(math.exp(2 * math.log(0.95) / (n - 1)))
+    counts = [refinement.intervals_at(k) for k in range(1200)]
+    assert counts[0] == 2
+    assert counts == sorted(counts)
+    assert counts[-1] == 150
+    assert Refinement(10, 4, 4).decay_at(3) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [((10, 4, 3), "last"), ((0, 1, 1), "steps"), ((9, 1, 2, 1.0), "mu")]
+)
+def test_bad_refinements_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Refinement(*arguments)
+
+
+def test_the_slow_copy_follows():
+    torch.manual_seed(0)
+    net = Tracked(nn.Linear(2, 2))
+    slow = net.target.weight.clone()
+    assert torch.equal(slow, net.net.weight)
+    with torch.no_grad():
+        net.net.weight += 1
+    net.follow(0.75)
+    torch.testing.assert_close(net.target.weight, slow + 0.25)
+    net.follow(0.0)
+    assert torch.equal(net.target.weight, net.net.weight)
+    assert int(net.steps) == 2
+    assert not any(p.requires_grad for p in net.target.parameters())
+    assert "steps" in net.state_dict()
+
+
+def test_the_loss_counts_its_steps_and_refines():
+    student, net = DISTILLED_CM, Tracked(SWISS_ROLL.untrained(0))
+    loss, g = student.loss(SMALL.data(0)), seeded()
+    for k in range(3):
+        assert loss(net, g).shape == (512,)
+        assert int(net.steps) == k + 1
+
+
+def test_levels_are_uniform_in_lam():
+    vp = VP()
+    ts = levels(vp, 6)
+    assert (ts[0], ts[-1]) == (vp.t_min, vp.t_max)
+    steps = vp.lam(ts).diff()
+    torch.testing.assert_close(steps, steps.mean().expand(6), rtol=1e-9, atol=0)
+
+
+@each_consistency
+def test_restarts_are_levels_of_the_last_grid(student):
+    known = levels(student.teacher.schedule, student.refinement.last).tolist()
+    for n in (1, 2, 4):
+        times = student.times(n)
+        assert len(times) == n
+        assert times[0] == student.teacher.schedule.t_max
+        assert set(times) <= set(known)
+        assert times == sorted(times, reverse=True)
+    with pytest.raises(ValueError, match=r"evaluations must be one of \[1, 2, 4\]; got 3"):
+        student.times(3)
+
+
+def check_file(name, student, teacher_digest):
+    tensors, made = weights.shipped(name)
+    assert made["command"] == f"python -m diffedu.train {student.name} --seed 0"
+    assert made["schedule"] == repr(student.teacher.schedule)
+    assert made["teacher_digest"] == teacher_digest
+    assert made["data_digest"] == weights.digest({"data": student.teacher.data(0)})
+    assert sum(value.numel() * value.element_size() for value in tensors.values()) < 200_000
+    return json.loads(made["recipe"])
+
+
+@each_distilled
+def test_the_shipped_students_are_those_of_the_recipe(student):
+    teacher_digest = weights.shipped(student.teacher.name)[1]["digest"]
+    for n in student.kept:
+        recipe = check_file(f"{student.name}-{n}", student, teacher_digest)
+        found = tuple((k, Recipe(**r)) for k, r in recipe["generations"])
+        assert (found, recipe["batch"], recipe["student_steps"]) == (student.generations, student.batch, n)
+
+
+@each_consistency
+def test_the_shipped_functions_are_those_of_the_recipe(student):
+    shipped = weights.shipped(student.teacher.name)[1]["digest"]
+    recipe = check_file(student.name, student, shipped if student.taught else "none")
+    assert Recipe(recipe["steps"], recipe["lr"], recipe["ema"]) == student.recipe
+    assert Refinement(**recipe["refinement"]) == student.refinement
+    assert recipe["batch"] == student.batch
+    if student.taught:
+        assert recipe["substeps"] == student.substeps
+    else:
+        assert recipe["distance"] == {"c": student.distance.c}
+
+
+# At 10,000 a side two samples of the data lie .020 apart, with a deviation of .005 a pair (design/goals.md).
+def distance(x, teacher):
+    return sliced_w2(x, teacher.draw(10_000, seeded(12)))
+
+
+@each_distilled
+def test_the_shipped_students_sample_the_data(student):
+    z = prior(student.teacher.schedule, (10_000, 2), seeded(13))
+    for n in student.kept:
+        x = sample(student.load(n), DDIM(), z, student.grid(n))
+        assert distance(x, student.teacher) < math.hypot(0.020 + 4 * 0.005, 0.02)
+    undistilled = sample(student.teacher.load(), DDIM(), z, student.grid(4))
+    assert distance(undistilled, student.teacher) > 0.15
+
+
+@each_consistency
+def test_the_shipped_functions_sample_the_data(student):
+    f, vp = student.load(), student.teacher.schedule
+    assert isinstance(f, ConsistencyFunction)
+    assert not any(p.requires_grad for p in f.net.parameters())
+    for n in (1, 2, 4):
+        x = multistep(f, prior(vp, (10_000, 2), seeded(14)), student.times(n), vp, seeded(15))
+        assert distance(x, student.teacher) < math.hypot(0.020 + 4 * 0.005, 0.06)
+    assert within(x.mean(0), student.teacher.data(0).mean(0), 0.1 / 4)
