@@ -5,10 +5,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report, sde, training
+from benchmarks import few_steps, report, sde, training
 
 BENCHMARKS = {
     "sde": (sde, "stochastic samplers: distance to the data against evaluations"),
+    "few_steps": (few_steps, "one to four evaluations: students beside their teacher"),
     "training": (training, "the toy teachers: excess against CPU seconds of training"),
 }
 

@@ -35,6 +35,8 @@ ORDER = [
     "tableau",
     "consistency",
     "distillation",
+    "students",
+    "consistency_students",
     "train",
 ]
 # These take arrays and know nothing of diffusion.
