@@ -58,7 +58,7 @@ class Prediction:
 
     @property
     def score(self) -> Tensor:
-        """The score, (B, *): -eps / sigma. Equations: eq-score-noise"""
+        """The score, (B, *): -eps / sigma. Equations: eq-score-noise, eq-score-to-noise"""
         return self.value if self.kind == "score" else -self.eps / self._nonzero("sigma", "score")
 
     @property

@@ -26,6 +26,7 @@ class DDIM(EtaSolver):
     the probability-flow ODE (DPM-Solver-1), eta = 1 ancestral sampling. Order 1.
     Raises ValueError for eta < 0, and where eta > 1 asks for more noise than sigma_s.
     Source: Song, Meng & Ermon 2021, eq. 12, for any alpha and sigma.
+    Equations: eq-ddim, eq-deterministic-ddim, eq-sigma-alpha, eq-exact-linear
     """
 
     eta: float = 0.0
@@ -68,6 +69,8 @@ class DPMSolver:
     order of a plan is its highest. Raises ValueError for other orders and for a grid that a plan does not
     fit: it needs as many steps, len(plan) + 1 times.
     Source: Lu et al. 2022 (DPM-Solver), eq. 3.7, algorithms 1 and 2.
+    Equations: eq-exponential-integral, eq-exact-step, eq-taylor-step, eq-derivative-estimate, eq-first-order,
+    eq-dpm-solver-1, eq-dpm-solver-23, eq-ddim-is-dpm-1
     """
 
     order: int

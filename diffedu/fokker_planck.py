@@ -35,6 +35,7 @@ def solve(
     like p0. No gradients are recorded.
     Raises ValueError for a grid, density, times, dt, drift or rho^2 other than these.
     Source: Chang & Cooper 1970, their weights; implicit Euler, coefficients from the middle of the step.
+    Equations: eq-fokker-planck, eq-fokker-planck-family, eq-same-marginals
     """
     if x.ndim != 1 or len(x) < 2 or not x.is_floating_point() or not bool(x.isfinite().all()):
         raise ValueError(f"x must be finite floats of shape (n,), n > 1; got {tuple(x.shape)}, {x.dtype}")

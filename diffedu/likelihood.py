@@ -39,6 +39,7 @@ def log_likelihood(
     in which the denoiser is called. No gradients are recorded. Raises ValueError for an infinite lam at t_min
     or t_max, an unknown trace, an rtol outside (0, 1), fewer than one probe, values that are not finite.
     Source: Chen et al. 2018, theorem 1; Song et al. 2021, eq. 39; trace, Hutchinson 1989.
+    Equations: eq-continuous-flow
     """
     require_state(x)
     require_count("probes", probes)

@@ -138,7 +138,7 @@ class DEIS(Multistep):
     sqrt(t), `schedule.grid(n, 2)`. The integrals are taken in lam by Gauss's rule, to rounding. The first
     steps have the lower orders, the last is as the others; order 1 is DDIM.
     Raises ValueError for other orders and a power that is not positive and finite.
-    Source: Zhang & Chen 2023 (DEIS), eq. 14 and 15.
+    Source: Zhang & Chen 2023 (DEIS), eq. 14 and 15. Equations: eq-lambda-integral
     """
 
     order: int

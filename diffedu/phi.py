@@ -13,6 +13,7 @@ def phi(k: int, h: float) -> float:
     phi_0 = e^h, phi_(k+1) = (phi_k - 1/k!) / h; where |h| is small, and the recursion loses all digits, by
     the series. Raises ValueError for k that is no int of at least 0.
     Source: Hochbruck & Ostermann 2010, section 2.1; Lu et al. 2022 (DPM-Solver), appendix B.
+    Equations: eq-phi-recursion
     """
     require_count("k", k, 0)
     if abs(h) < SERIES_BELOW:

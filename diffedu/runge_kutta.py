@@ -45,6 +45,7 @@ class RK45:
     others; it costs 6 evaluations, taken or not. Raises ValueError for tolerances that are not positive and
     finite or that the dtype of x cannot resolve, ArithmeticError where the step would vanish. Order 5.
     Source: Dormand & Prince 1980; for this ODE, Song et al. 2021, section 4.3.
+    Equations: eq-plain-integral, eq-black-box
     """
 
     rtol: float = 1e-5

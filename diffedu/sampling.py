@@ -92,6 +92,7 @@ def encode(denoiser: Denoiser, solver: Solver, x: Tensor, ts: Tensor | Sequence[
     """The state at ts[-1], (B, *), from x at ts[0], up in time: ts ascends, the solver is deterministic.
 
     Raises ValueError for a stochastic solver, which has no inverse, and otherwise as `trajectory`.
+    Equations: eq-invertible
     """
     if solver.stochastic:
         raise ValueError(f"encode needs a deterministic solver (eta = 0); got {solver}")

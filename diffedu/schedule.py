@@ -60,7 +60,10 @@ class Schedule(ABC):
         return self._evaluate(self._sigma, t, 0.0, 1.0)
 
     def lam(self, t: T) -> T:
-        """Half log-SNR, log(alpha / sigma) (Lu et al. 2022, DPM-Solver, section 2)."""
+        """Half log-SNR, log(alpha / sigma).
+
+        Source: Lu et al. 2022 (DPM-Solver), section 2. Equations: eq-half-log-snr
+        """
         return self._evaluate(self._lam, t, self.t_min, self.t_max)
 
     def snr(self, t: T) -> T:
@@ -68,18 +71,24 @@ class Schedule(ABC):
         return self._evaluate(lambda m, u: m.exp(2 * self._lam(m, u)), t, self.t_min, self.t_max)
 
     def f(self, t: T) -> T:
-        """Drift coefficient, d log(alpha) / dt (Kingma et al. 2021, VDM). Equations: eq-coefficients"""
+        """Drift coefficient, d log(alpha) / dt.
+
+        Source: Kingma et al. 2021 (VDM). Equations: eq-coefficients, eq-f-restated
+        """
         return self._evaluate(self._f, t, self.t_min, self.t_max)
 
     def g2(self, t: T) -> T:
         """Squared diffusion coefficient, d sigma^2/dt - 2 (d log alpha/dt) sigma^2.
 
-        Source: Kingma et al. 2021 (VDM), appendix. Equations: eq-coefficients, eq-snr-monotone
+        Source: Kingma et al. 2021 (VDM), appendix. Equations: eq-coefficients, eq-snr-monotone, eq-g2-lambda
         """
         return self._evaluate(self._g2, t, self.t_min, self.t_max)
 
     def t_of_lam(self, lam: T) -> T:
-        """The time in [t_min, t_max] whose half log-SNR is lam; ValueError where there is none."""
+        """The time in [t_min, t_max] whose half log-SNR is lam; ValueError where there is none.
+
+        Equations: eq-half-log-snr
+        """
         low, high = self.lam(self.t_max), self.lam(self.t_min)
         t = self._evaluate(self._t_of_lam, lam, low, high, "lam")
         # The ends come back exactly, also where lam is infinite there.
@@ -96,6 +105,7 @@ class Schedule(ABC):
         spacing: "lam" uniform in half log-SNR, "t" uniform in time, "edm" uniform in (sigma/alpha)^(1/7)
         (Karras et al. 2022, eq. 5), or a number p > 0: uniform in t^(1/p).
         Raises ValueError for n that is no positive int and for an unknown spacing.
+        Equations: eq-time-grid
         """
         require_count("n", n)
         u = torch.linspace(0.0, 1.0, n + 1, dtype=torch.float64)

@@ -31,7 +31,7 @@ def perturb(schedule: Schedule, x0: Tensor, t: float | Tensor, eps: Tensor) -> T
 def forward_drift(schedule: Schedule, x: Tensor, t: float | Tensor) -> Tensor:
     """The drift f(t) x of the forward SDE, (B, *) (Song et al. 2021).
 
-    Equations: eq-linear-sde, eq-forward-sde-again
+    Equations: eq-linear-sde, eq-forward-sde-again, eq-sde-restated
     """
     return per_sample(schedule.f(t), x) * x
 
@@ -41,7 +41,8 @@ def reverse_drift(denoiser: Denoiser, x: Tensor, t: float | Tensor, eta: float =
 
     f x - (1 + eta^2) g^2 score / 2; eta = 1 is Anderson's reverse SDE, eta = 0 the probability-flow ODE.
     Raises ValueError for eta < 0. Source: Anderson 1982; Song et al. 2021, eq. 6 and 13.
-    Equations: eq-reverse-sde, eq-reverse-intuition, eq-vp-reverse-sde, eq-ve-reverse-sde
+    Equations: eq-reverse-sde, eq-reverse-intuition, eq-vp-reverse-sde, eq-ve-reverse-sde, eq-family-sde,
+    eq-probability-flow, eq-one-ode
     """
     require_eta(eta)
     f, g2 = per_sample(denoiser.schedule.f(t), x), per_sample(denoiser.schedule.g2(t), x)

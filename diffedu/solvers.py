@@ -174,7 +174,7 @@ class PredictorCorrector:
 class Euler(AffineSolver):
     """Euler's method on the probability-flow ODE dx/dt = f x - g^2 score / 2, in t. Order 1.
 
-    Source: Song et al. 2021, eq. 13. Equations: eq-euler
+    Source: Song et al. 2021, eq. 13. Equations: eq-euler, eq-noise-ode
     """
 
     stochastic: ClassVar[bool] = False
@@ -191,6 +191,7 @@ class Heun:
     x_s = x + (s - t) (k_1 + k_2) / 2, k_1 the slope at x and t, k_2 that at x + (s - t) k_1 and s: the mean
     of x and of where two Euler steps of length s - t lead, the second with the coefficients of s.
     Source: Süli & Mayers 2003, section 12.5; for this ODE, Karras et al. 2022, algorithm 1.
+    Equations: eq-plain-integral, eq-black-box
     """
 
     order: ClassVar[float] = 2.0

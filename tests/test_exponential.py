@@ -23,6 +23,7 @@ def one_step(solver, denoiser, x, t, s, z=0.0):
 
 
 @every
+@pytest.mark.equation("eq-deterministic-ddim")
 def test_without_noise_ddim_recombines_its_own_prediction(schedule, generator):
     denoiser = exact(asym3(), schedule)
     x = torch.randn(40, 2, dtype=torch.float64, generator=generator)
@@ -146,6 +147,7 @@ SPACINGS = [(12, "lam"), (7, "t"), (30, 2)]
 
 @pytest.mark.parametrize(("n", "spacing"), SPACINGS)
 @pytest.mark.parametrize("order", [1, 2, 3])
+@pytest.mark.equation("eq-dpm-solver-23")
 def test_dpm_solver_agrees_with_the_transcription(order, n, spacing, generator):
     denoiser, x = exact(asym3(), VP()), torch.randn(100, 2, dtype=torch.float64, generator=generator)
     ts = VP().grid(n, spacing)
@@ -167,6 +169,7 @@ def test_fast_plans_are_the_audits_and_spend_what_they_say(nfe, generator):
 
 
 @every
+@pytest.mark.equation("eq-ddim-is-dpm-1")
 def test_dpm_solver_1_is_ddim(schedule, generator):
     # audit S103
     denoiser, x = exact(asym3(), schedule), torch.randn(40, 2, dtype=torch.float64, generator=generator)
@@ -229,6 +232,7 @@ def test_bad_orders_and_plans_are_refused():
 
 
 @pytest.mark.parametrize("schedule", [VP(), VE()], ids=repr)
+@pytest.mark.equation("eq-dpm-solver-1")
 def test_the_printed_sign_of_dpm_solver_1_is_wrong(schedule, generator):
     # audit S98: alpha_t (sigma_t / alpha_t - sigma_s / alpha_s) eps must be subtracted with the other sign
     denoiser, x = exact(asym3(), schedule), torch.randn(20, 2, dtype=torch.float64, generator=generator)
@@ -244,6 +248,7 @@ def test_the_printed_sign_of_dpm_solver_1_is_wrong(schedule, generator):
     assert float((printed - ours).abs().max()) > 0.1
 
 
+@pytest.mark.equation("eq-score-to-noise")
 def test_the_printed_half_in_the_score_inflates_the_data():
     # audit S74: with s = -eps / (2 sigma) unit Gaussian data widen by exp((B(1) - B(t_min)) / 4)
     denoiser, x = exact(gaussian(), VP()), torch.tensor([[0.5], [-1.0]], dtype=torch.float64)
@@ -258,6 +263,8 @@ def test_the_printed_half_in_the_score_inflates_the_data():
     torch.testing.assert_close(printed, 12.3354 * x, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.equation("eq-change-of-variable")
+@pytest.mark.equation("eq-exponential-integral")
 def test_the_printed_lambda_is_upside_down():
     # audit S86: on an exact trajectory eq. 15 holds with lam = log(alpha / sigma), not log(sigma / alpha)
     schedule, law, s, t = VP(), gaussian(0.5, 0.7), 0.6, 0.3

@@ -56,6 +56,8 @@ def family_error(clock, ratio, h):
 @pytest.mark.parametrize(
     ("ratio", "order", "least"), [(0, 1, 0.08), (0.5, 2, 6e-3), (1, 2, 6e-3), (2, 2, 6e-3)]
 )
+@pytest.mark.equation("eq-fokker-planck-family")
+@pytest.mark.equation("eq-same-marginals")
 def test_the_whole_family_has_the_exact_marginals_to_the_order_of_the_mesh(clock, ratio, order, least):
     mesh = [0.1, 0.05, 0.025]
     errors = [family_error(clock, ratio, h) for h in mesh]
@@ -64,6 +66,7 @@ def test_the_whole_family_has_the_exact_marginals_to_the_order_of_the_mesh(clock
     assert empirical_order(mesh, errors) < order + 0.1
 
 
+@pytest.mark.equation("eq-fokker-planck")
 def test_the_forward_sde_goes_straight_in_and_every_time_comes_out():
     for schedule, half in ((VP(), 6.0), (VE(0.1, 3.0), 12.0)):
         x, ts = cells(0.05, half), [0.1, 0.25, 0.5, 0.8]

@@ -53,6 +53,7 @@ def bend(dim, schedule):
 
 @pytest.mark.parametrize("schedule", MAIN.values(), ids=MAIN)
 @pytest.mark.parametrize("law", LAWS)
+@pytest.mark.equation("eq-continuous-flow")
 def test_with_its_exact_prior_a_mixture_has_its_own_density(law, schedule, generator):
     law = LAWS[law]()
     x = points(law, 10, generator)

@@ -17,6 +17,7 @@ def test_phi_keeps_its_digits_for_steps_of_any_size(k, sign):
             assert phi(k, h) == pytest.approx(float(exact), rel=1e-14)
 
 
+@pytest.mark.equation("eq-phi-recursion")
 def test_phi_is_the_integral_that_a_step_takes():
     # audit S93: int e^(-l) (l - s)^n / n! dl over [s, t] = (sigma_t / alpha_t) h^(n+1) phi_(n+1)(h)
     s, t = -0.4, 1.1
