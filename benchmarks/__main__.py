@@ -1,14 +1,16 @@
 """The command `python -m benchmarks`, run from the repository's root."""
 
 import argparse
+from inspect import signature
 from pathlib import Path
 
 import torch
 
-from benchmarks import few_steps, report, sde, training
+from benchmarks import few_steps, report, sde, solvers, training
 
 BENCHMARKS = {
     "sde": (sde, "stochastic samplers: distance to the data against evaluations"),
+    "solvers": (solvers, "solvers of the ODE: error against evaluations, order, overhead"),
     "few_steps": (few_steps, "one to four evaluations: students beside their teacher"),
     "training": (training, "the toy teachers: excess against CPU seconds of training"),
 }
@@ -41,9 +43,10 @@ def main() -> None:
     for name in options.names:
         module, what = BENCHMARKS[name]
         print(f"{name}: {what}")
-        results = module.measure(**({} if options.seeds is None else {"seeds": options.seeds}))
+        seeded = options.seeds is not None and "seeds" in signature(module.measure).parameters
+        results = module.measure(**({"seeds": options.seeds} if seeded else {}))
         print(module.show(results))
-        seeds = "" if options.seeds is None else f" --seeds {options.seeds}"
+        seeds = f" --seeds {options.seeds}" if seeded else ""
         report.write(options.out / f"{name}.json", f"python -m benchmarks {name}{seeds}", results)
 
 
