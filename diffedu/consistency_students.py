@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+import numpy as np
 import torch
+from scipy.special import ndtr
 from torch import Tensor, nn
 
 from diffedu.checks import require_count
@@ -81,13 +83,22 @@ class Tracked(nn.Module):
 
 
 def levels(schedule: Schedule, n: int) -> Tensor:
-    """n + 1 times from t_min up to t_max, uniform in lam, (n + 1,) float64."""
-    return schedule.grid(n, "lam").flip(0)
+    """n + 1 times from t_min up to t_max, (n + 1,) float64, closer where data of size 1 take shape.
+
+    They are quantiles, evenly spaced, of a law of lam: half uniform, half N(1.2, 1), as in `draw_times`.
+    """
+    low, high = schedule.lam(schedule.t_max), schedule.lam(schedule.t_min)
+    lam = np.linspace(low, high, 4001)
+    bell = ndtr(lam - 1.2) - ndtr(low - 1.2)
+    share = (lam - low) / (high - low) + bell / bell[-1]
+    ts = schedule.t_of_lam(torch.from_numpy(np.interp(np.linspace(2, 0, n + 1), share, lam)))
+    ts[0], ts[-1] = schedule.t_min, schedule.t_max
+    return ts
 
 
 @dataclass(frozen=True)
 class ConsistencyStudent(Student, ABC):
-    """A consistency function learned on times that are refined as the training goes on.
+    """A consistency function learned on the times of `levels`, refined as the training goes on.
 
     `restarts` holds, for each number of evaluations that is foreseen, the levels of the last grid from which
     sampling goes on after the first evaluation.

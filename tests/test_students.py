@@ -198,12 +198,17 @@ def test_the_loss_counts_its_steps_and_refines():
         assert int(net.steps) == k + 1
 
 
-def test_levels_are_uniform_in_lam():
-    vp = VP()
-    ts = levels(vp, 6)
+def test_levels_are_quantiles_of_the_law_that_they_are_said_to_follow():
+    vp, n = VP(), 40
+    ts = levels(vp, n)
     assert (ts[0], ts[-1]) == (vp.t_min, vp.t_max)
-    steps = vp.lam(ts).diff()
-    torch.testing.assert_close(steps, steps.mean().expand(6), rtol=1e-9, atol=0)
+    assert (ts.diff() > 0).all()
+    draws = torch.randn(400_000, dtype=torch.float64, generator=seeded()) + 1.2
+    low, high = vp.lam(vp.t_max), vp.lam(vp.t_min)
+    draws[::2] = low + (high - low) * torch.rand(200_000, dtype=torch.float64, generator=seeded(1))
+    draws = draws[(draws > low) & (draws < high)]
+    counts = torch.histogram(draws, vp.lam(ts).flip(0)).hist
+    assert within(counts, len(draws) / n, math.sqrt(len(draws) / n) + 0.002 * len(draws) / n)
 
 
 @each_consistency
