@@ -1,65 +1,25 @@
 """Consistency students: distillation from the teachers, training without them; recipes, shipped files."""
 
 import copy
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
 import torch
-from scipy.special import ndtr
 from torch import Tensor, nn
 
-from diffedu.checks import require_count
-from diffedu.consistency import (
-    ConsistencyFunction,
-    Map,
-    PseudoHuber,
-    SquaredL2,
-    cd_loss,
-    ct_loss,
-)
-from diffedu.schedules import Schedule
+from diffedu.consistency import ConsistencyFunction, Map, cd_loss, euler_step, heun_step
+from diffedu.mixtures import EmpiricalDenoiser
+from diffedu.refinement import Division, Narrowing, Refinement, levels
 from diffedu.sde import perturb
 from diffedu.students import Place, Student
 from diffedu.teachers import MOONS, SWISS_ROLL, shipped_net
 from diffedu.training import Loss, Recipe, fit
 
-PairLoss = Callable[[Map, Map, Tensor, Tensor, Tensor, Tensor], Tensor]  # (f, target, x0, t, s, eps) -> (B,)
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """How finely time is divided at step k of a training: from `first` intervals to `last`.
-
-    N^2 grows evenly in k (algorithm 3's schedule, its N - 1 counted as intervals). The target's decay is
-    mu^(first / N), so that the target's lag shrinks as the intervals do.
-    Raises ValueError for counts below 1, last < first and a decay outside [0, 1).
-    Source: Song et al. 2023, appendix C.
-    """
-
-    steps: int
-    first: int
-    last: int
-    mu: float = 0.0
-
-    def __post_init__(self) -> None:
-        require_count("steps", self.steps)
-        require_count("last", self.last, require_count("first", self.first))
-        if not 0 <= self.mu < 1:
-            raise ValueError(f"mu must lie in [0, 1); got {self.mu!r}")
-
-    def intervals_at(self, step: int) -> int:
-        """N: how many intervals divide [t_min, t_max]."""
-        square = self.first**2 + min(step / self.steps, 1.0) * ((self.last + 1) ** 2 - self.first**2)
-        return min(max(math.ceil(math.sqrt(square) - 1), self.first), self.last)
-
-    def decay_at(self, step: int) -> float:
-        """mu: the decay of the slow copy that gives the target."""
-        return float(self.mu ** (self.first / self.intervals_at(step)))
+# (f, target, x0, t, s, eps, the number of intervals from s to t) -> (B,)
+PairLoss = Callable[[Map, Map, Tensor, Tensor, Tensor, Tensor, int], Tensor]
 
 
 class Tracked(nn.Module):
@@ -82,20 +42,6 @@ class Tracked(nn.Module):
         self.steps += 1
 
 
-def levels(schedule: Schedule, n: int) -> Tensor:
-    """n + 1 times from t_min up to t_max, (n + 1,) float64, closer where data of size 1 take shape.
-
-    They are quantiles, evenly spaced, of a law of lam: half uniform, half N(1.2, 1), as in `draw_times`.
-    """
-    low, high = schedule.lam(schedule.t_max), schedule.lam(schedule.t_min)
-    lam = np.linspace(low, high, 4001)
-    bell = ndtr(lam - 1.2) - ndtr(low - 1.2)
-    share = (lam - low) / (high - low) + bell / bell[-1]
-    ts = schedule.t_of_lam(torch.from_numpy(np.interp(np.linspace(2, 0, n + 1), share, lam)))
-    ts[0], ts[-1] = schedule.t_min, schedule.t_max
-    return ts
-
-
 @dataclass(frozen=True)
 class ConsistencyStudent(Student, ABC):
     """A consistency function learned on the times of `levels`, refined as the training goes on.
@@ -105,7 +51,7 @@ class ConsistencyStudent(Student, ABC):
     """
 
     recipe: Recipe
-    refinement: Refinement
+    division: Division
     batch: int = 512
     restarts: tuple[tuple[int, ...], ...] = ((),)
 
@@ -134,14 +80,14 @@ class ConsistencyStudent(Student, ABC):
         def values(net: nn.Module, generator: torch.Generator) -> Tensor:
             assert isinstance(net, Tracked)
             step = int(net.steps)
-            net.follow(self.refinement.decay_at(step))
-            n = self.refinement.intervals_at(step)
+            net.follow(self.division.decay_at(step))
+            n, gap = self.division.division_at(step)
             if n not in grids:
                 grids[n] = levels(schedule, n).to(data)
             x0, eps = self.draw(data, self.batch, generator)
-            i = torch.randint(n, (self.batch,), generator=generator, device=data.device)
-            f, target = self.function(net.net), self.function(net.target)
-            return pairs(f, target, x0, grids[n][i + 1], grids[n][i], eps)
+            i = torch.randint(n, (self.batch,), generator=generator, device=data.device) + 1
+            t, s = grids[n][i], grids[n][(i - gap).clamp(min=0)]
+            return pairs(self.function(net.net), self.function(net.target), x0, t, s, eps, gap)
 
         return values
 
@@ -178,7 +124,7 @@ class ConsistencyStudent(Student, ABC):
 
     def times(self, evaluations: int) -> list[float]:
         """The times for `multistep` with so many evaluations. Raises ValueError for a number not foreseen."""
-        grid = levels(self.teacher.schedule, self.refinement.last).tolist()
+        grid = levels(self.teacher.schedule, self.division.last).tolist()
         plans = {len(restart) + 1: [grid[-1], *(grid[i] for i in restart)] for restart in self.restarts}
         if evaluations not in plans:
             raise ValueError(f"evaluations must be one of {sorted(plans)}; got {evaluations!r}")
@@ -200,18 +146,23 @@ class ConsistencyDistilled(ConsistencyStudent):
         """Consistency distillation's loss."""
         teacher = self.teacher.denoiser(self.teacher.load().net.to(data.device))
 
-        def values(f: Map, target: Map, x0: Tensor, t: Tensor, s: Tensor, eps: Tensor) -> Tensor:
+        def values(f: Map, target: Map, x0: Tensor, t: Tensor, s: Tensor, eps: Tensor, gap: int) -> Tensor:
             x = perturb(teacher.schedule, x0, t, eps)
-            return cd_loss(f, target, teacher, x, t, s, substeps=self.substeps, distance=SquaredL2())
+            return cd_loss(f, target, teacher, x, t, s, substeps=self.substeps)
 
         return values
 
 
 @dataclass(frozen=True)
 class ConsistencyTrained(ConsistencyStudent):
-    """Consistency training: from scratch, the same noise on both sides, pseudo-Huber distances."""
+    """Consistency training: from scratch, no network but its own and its slow copy.
 
-    distance: PseudoHuber = field(default_factory=PseudoHuber)
+    `ct_loss` takes for E[x0 | x_t] the one x0 that made x_t; here the whole batch speaks, each of its points
+    with its posterior weight, so that targets are nearly sure and squared distances serve. Steps over more
+    than two intervals are Euler's, the others Heun's.
+    Source: Song et al. 2023, algorithm 3; the batch's posterior, Xu, Tong & Jaakkola 2023 (stable targets).
+    """
+
     taught: ClassVar[bool] = False
     suffix: ClassVar[str] = "consistency-training"
 
@@ -220,24 +171,29 @@ class ConsistencyTrained(ConsistencyStudent):
         return self.teacher.untrained(seed)
 
     def pairs(self, data: Tensor) -> PairLoss:
-        """Consistency training's loss."""
+        """Consistency training's loss, with the batch's posterior mean."""
+        schedule = self.teacher.schedule
 
-        def values(f: Map, target: Map, x0: Tensor, t: Tensor, s: Tensor, eps: Tensor) -> Tensor:
-            return ct_loss(f, target, self.teacher.schedule, x0, t, s, eps, distance=self.distance)
+        def values(f: Map, target: Map, x0: Tensor, t: Tensor, s: Tensor, eps: Tensor, gap: int) -> Tensor:
+            batch, x = EmpiricalDenoiser(x0, schedule), perturb(schedule, x0, t, eps)
+            return cd_loss(f, target, batch, x, t, s, step=heun_step if gap <= 2 else euler_step)
 
         return values
 
 
-_REFINEMENT = Refinement(5000, 4, 16, 0.95)
+_RESTARTS: tuple[tuple[int, ...], ...] = ((), (11,), (13, 11, 9))
 SWISS_ROLL_CONSISTENCY, MOONS_CONSISTENCY = (
     ConsistencyDistilled(
-        teacher, Recipe(5000, lr=2e-3, ema=0.998), _REFINEMENT, restarts=((), (8,), (10, 8, 6))
+        teacher, Recipe(5500, lr=6e-3, ema=0.998), Refinement(5500, 10, 16, 0.98), restarts=_RESTARTS
     )
     for teacher in (SWISS_ROLL, MOONS)
 )
 SWISS_ROLL_CONSISTENCY_TRAINED, MOONS_CONSISTENCY_TRAINED = (
     ConsistencyTrained(
-        teacher, Recipe(8000, lr=2e-3, ema=0.999), _REFINEMENT, restarts=((), (8,), (10, 8, 6))
+        teacher,
+        Recipe(7000, lr=8e-3, ema=0.998),
+        Narrowing(7000, 24, 0.95),
+        restarts=((), (16,), (20, 16, 13)),
     )
     for teacher in (SWISS_ROLL, MOONS)
 )

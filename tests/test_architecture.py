@@ -36,6 +36,7 @@ ORDER = [
     "consistency",
     "distillation",
     "students",
+    "refinement",
     "consistency_students",
     "train",
 ]

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -16,12 +16,11 @@ from diffedu.consistency_students import (
     MOONS_CONSISTENCY_TRAINED,
     SWISS_ROLL_CONSISTENCY,
     SWISS_ROLL_CONSISTENCY_TRAINED,
-    Refinement,
     Tracked,
-    levels,
 )
 from diffedu.exponential import DDIM
 from diffedu.metrics import sliced_w2
+from diffedu.refinement import Narrowing, Refinement, levels
 from diffedu.sampling import prior, sample
 from diffedu.schedules import VP
 from diffedu.students import MOONS_DISTILLED, SWISS_ROLL_DISTILLED, Distilled
@@ -32,8 +31,11 @@ RECIPE = Recipe(steps=25, lr=4e-3, ema=0.9)
 SMALL = replace(SWISS_ROLL, points=2000)
 DISTILLED = replace(SWISS_ROLL_DISTILLED, teacher=SMALL, generations=((2, RECIPE), (1, RECIPE)), kept=(2, 1))
 DISTILLED_CM, TRAINED_CM = (
-    replace(student, teacher=SMALL, recipe=RECIPE, refinement=Refinement(25, 2, 6, 0.9))
-    for student in (SWISS_ROLL_CONSISTENCY, SWISS_ROLL_CONSISTENCY_TRAINED)
+    replace(student, teacher=SMALL, recipe=RECIPE, division=division, restarts=((), (3,)))
+    for student, division in (
+        (SWISS_ROLL_CONSISTENCY, Refinement(25, 2, 6, 0.9)),
+        (SWISS_ROLL_CONSISTENCY_TRAINED, Narrowing(25, 6, 0.9)),
+    )
 )
 SHORT = {"distill": DISTILLED, "consistency": DISTILLED_CM, "consistency-training": TRAINED_CM}
 CONSISTENCY = [
@@ -117,7 +119,7 @@ def test_a_saved_student_says_what_made_it(student, tmp_path):
             assert recipe["student_steps"] == n
             assert [steps for steps, _ in recipe["generations"]] == [2, 1]
         else:
-            assert recipe["refinement"] == {"steps": 25, "first": 2, "last": 6, "mu": 0.9}
+            assert recipe["division"] == asdict(student.division)
             assert recipe["steps"] == 25
 
 
@@ -174,6 +176,47 @@ def test_bad_refinements_are_refused(arguments, message):
         Refinement(*arguments)
 
 
+def test_the_times_of_a_pair_draw_near():
+    narrowing = Narrowing(1000, 24, 0.9, start=0.2, end=0.6)
+    divisions = [narrowing.division_at(k) for k in range(1000)]
+    assert {n for n, _ in divisions} == {24}
+    gaps = [gap for _, gap in divisions]
+    assert set(gaps[:200]) == {24}
+    assert gaps == sorted(gaps, reverse=True)
+    assert set(gaps[600:]) == {1}
+    assert gaps[400] == round(math.sqrt(24))
+    assert narrowing.decay_at(0) == narrowing.decay_at(999) == 0.9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 4, 0.9), "steps"),
+        ((9, 0, 0.9), "last"),
+        ((9, 4, 1.0), "mu"),
+        ((9, 4, 0.9, 0.6, 0.5), "start < end"),
+    ],
+)
+def test_bad_narrowings_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Narrowing(*arguments)
+
+
+def test_training_takes_its_targets_from_the_batch_alone():
+    # at a gap that reaches t_min the target is the batch's posterior mean, stepped there by DDIM
+    student = replace(TRAINED_CM, batch=64)
+    vp, g = student.teacher.schedule, seeded(2)
+    x0, eps = torch.randn(2, 64, 2, generator=g)
+    t, s = torch.full((64,), 0.6), torch.full((64,), vp.t_min)
+    f = student.function(SWISS_ROLL.untrained(0))
+    values = student.pairs(x0)(f, f, x0, t, s, eps, 6)
+    x = vp.alpha(0.6) * x0 + vp.sigma(0.6) * eps
+    w = (-0.5 * ((x[:, None] - vp.alpha(0.6) * x0) / vp.sigma(0.6)).square().sum(-1)).softmax(-1)
+    mean = w @ x0
+    landed = vp.alpha(vp.t_min) * mean + vp.sigma(vp.t_min) * (x - vp.alpha(0.6) * mean) / vp.sigma(0.6)
+    torch.testing.assert_close(values, (f(x, t) - landed).square().sum(1), rtol=1e-3, atol=1e-5)
+
+
 def test_the_slow_copy_follows():
     torch.manual_seed(0)
     net = Tracked(nn.Linear(2, 2))
@@ -190,7 +233,7 @@ def test_the_slow_copy_follows():
     assert "steps" in net.state_dict()
 
 
-def test_the_loss_counts_its_steps_and_refines():
+def test_the_loss_counts_its_steps():
     student, net = DISTILLED_CM, Tracked(SWISS_ROLL.untrained(0))
     loss, g = student.loss(SMALL.data(0)), seeded()
     for k in range(3):
@@ -213,7 +256,7 @@ def test_levels_are_quantiles_of_the_law_that_they_are_said_to_follow():
 
 @each_consistency
 def test_restarts_are_levels_of_the_last_grid(student):
-    known = levels(student.teacher.schedule, student.refinement.last).tolist()
+    known = levels(student.teacher.schedule, student.division.last).tolist()
     for n in (1, 2, 4):
         times = student.times(n)
         assert len(times) == n
@@ -248,12 +291,10 @@ def test_the_shipped_functions_are_those_of_the_recipe(student):
     shipped = weights.shipped(student.teacher.name)[1]["digest"]
     recipe = check_file(student.name, student, shipped if student.taught else "none")
     assert Recipe(recipe["steps"], recipe["lr"], recipe["ema"]) == student.recipe
-    assert Refinement(**recipe["refinement"]) == student.refinement
+    assert recipe["division"] == asdict(student.division)
     assert recipe["batch"] == student.batch
     if student.taught:
         assert recipe["substeps"] == student.substeps
-    else:
-        assert recipe["distance"] == {"c": student.distance.c}
 
 
 # At 10,000 a side two samples of the data lie .020 apart, with a deviation of .005 a pair (design/goals.md).

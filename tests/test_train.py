@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffedu import train, weights
-from diffedu.consistency_students import Refinement
+from diffedu.refinement import Refinement
 from diffedu.teachers import MOONS, SWISS_ROLL
 from diffedu.training import Recipe
 
@@ -30,7 +30,7 @@ def short(monkeypatch):
         monkeypatch.setattr(train, f"{name}_DISTILLED", distilled)
         for kind in ("CONSISTENCY", "CONSISTENCY_TRAINED"):
             student = getattr(train, f"{name}_{kind}")
-            few = replace(student, teacher=small, recipe=recipe, refinement=Refinement(20, 2, 4))
+            few = replace(student, teacher=small, recipe=recipe, division=Refinement(20, 2, 4))
             monkeypatch.setattr(train, f"{name}_{kind}", few)
 
 
