@@ -191,9 +191,9 @@ SWISS_ROLL_CONSISTENCY, MOONS_CONSISTENCY = (
 SWISS_ROLL_CONSISTENCY_TRAINED, MOONS_CONSISTENCY_TRAINED = (
     ConsistencyTrained(
         teacher,
-        Recipe(7000, lr=8e-3, ema=0.998),
-        Narrowing(7000, 24, 0.95),
-        restarts=((), (16,), (20, 16, 13)),
+        Recipe(6400, lr=8e-3, ema=0.998),
+        Narrowing(6400, 24, 0.95),
+        restarts=((), (16,), (22, 16, 13)),
     )
     for teacher in (SWISS_ROLL, MOONS)
 )
