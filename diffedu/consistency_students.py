@@ -181,7 +181,7 @@ class ConsistencyTrained(ConsistencyStudent):
         return values
 
 
-_RESTARTS: tuple[tuple[int, ...], ...] = ((), (11,), (13, 11, 9))
+_RESTARTS: tuple[tuple[int, ...], ...] = ((), (9,), (15, 13, 9))
 SWISS_ROLL_CONSISTENCY, MOONS_CONSISTENCY = (
     ConsistencyDistilled(
         teacher, Recipe(5500, lr=6e-3, ema=0.998), Refinement(5500, 10, 16, 0.98), restarts=_RESTARTS
