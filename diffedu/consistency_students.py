@@ -181,10 +181,12 @@ class ConsistencyTrained(ConsistencyStudent):
         return values
 
 
-_RESTARTS: tuple[tuple[int, ...], ...] = ((), (9,), (15, 13, 9))
 SWISS_ROLL_CONSISTENCY, MOONS_CONSISTENCY = (
     ConsistencyDistilled(
-        teacher, Recipe(5500, lr=6e-3, ema=0.998), Refinement(5500, 10, 16, 0.98), restarts=_RESTARTS
+        teacher,
+        Recipe(5500, lr=6e-3, ema=0.998),
+        Refinement(5500, 10, 16, 0.98),
+        restarts=((), (9,), (15, 13, 9)),
     )
     for teacher in (SWISS_ROLL, MOONS)
 )
@@ -193,7 +195,7 @@ SWISS_ROLL_CONSISTENCY_TRAINED, MOONS_CONSISTENCY_TRAINED = (
         teacher,
         Recipe(6400, lr=8e-3, ema=0.998),
         Narrowing(6400, 24, 0.95),
-        restarts=((), (16,), (22, 16, 13)),
+        restarts=restarts,
     )
-    for teacher in (SWISS_ROLL, MOONS)
+    for teacher, restarts in ((SWISS_ROLL, ((), (16,), (22, 16, 13))), (MOONS, ((), (18,), (22, 18, 15))))
 )
