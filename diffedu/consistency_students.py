@@ -186,9 +186,9 @@ SWISS_ROLL_CONSISTENCY, MOONS_CONSISTENCY = (
         teacher,
         Recipe(5500, lr=6e-3, ema=0.998),
         Refinement(5500, 10, 16, 0.98),
-        restarts=((), (9,), (15, 13, 9)),
+        restarts=restarts,
     )
-    for teacher in (SWISS_ROLL, MOONS)
+    for teacher, restarts in ((SWISS_ROLL, ((), (9,), (15, 13, 9))), (MOONS, ((), (12,), (15, 13, 12))))
 )
 SWISS_ROLL_CONSISTENCY_TRAINED, MOONS_CONSISTENCY_TRAINED = (
     ConsistencyTrained(
