@@ -102,8 +102,8 @@ class AnnealedLangevin:
 
     x <- x + e score + sqrt(2 e) z with e = 2 (snr sigma_s)^2: the step size of Song & Ermon 2019,
     algorithm 1, proportional to sigma^2, in the parameter of Song et al. 2021, algorithm 4, whose batch
-    norms |z| / |score| are replaced by sigma, their value where the noise outweighs the data. A Markov-chain method: it approaches p_s
-    as n_steps grows and snr falls. Raises ValueError for n_steps < 1 or snr <= 0.
+    norms |z| / |score| are replaced by sigma, their value where noise outweighs the data. A Markov-chain
+    method: it approaches p_s as n_steps grows and snr falls. Raises ValueError for n_steps < 1 or snr <= 0.
     Equations: eq-annealed-langevin
     """
 

@@ -38,7 +38,7 @@ def test_200_steps_come_near_the_floor(method, grid):
 def test_a_cell_of_the_sde_table_is_what_the_package_gives():
     # EM at 10 steps: its bias is ten times its scatter, so two of the 20 seeds tell a wrong step
     want = row("VP EM", "lam", 10)
-    found, error = sde.root_mean_square(sde.distances(sde.ROWS[1], 10, [0, 1]))
+    found, _ = sde.root_mean_square(sde.distances(sde.ROWS[1], 10, [0, 1]))
     spread = want["standard_error"] * math.sqrt(20)  # of one seed
     assert abs(found - want["distance"]) < 4 * spread / math.sqrt(2)
 
