@@ -40,6 +40,7 @@ class ConsistencyFunction:
     and scale 1 the network's output is a v-prediction's, up to r_min: a teacher's weights are a good start.
     t: float, 0-dim or (B,). Raises ValueError for a scale that is not positive.
     Source: Song et al. 2023 (consistency models), eq. 5 and appendix C, there with alpha = 1.
+    Equations: eq-consistency-function, eq-boundary-condition
     """
 
     net: nn.Module
@@ -75,6 +76,7 @@ class SolutionMap:
     """The ODE's own solution map: x (B, *) at t to t_min by `steps` steps of a solver, uniform in lam.
 
     With an `ExactDenoiser` the yardstick of every consistency function. One solve for each distinct time.
+    Equations: eq-consistency-idea, eq-consistency-function
     """
 
     denoiser: Denoiser
@@ -110,7 +112,7 @@ def multistep(
 
     x is the state at ts[0]; ts strictly descending in (t_min, t_max], one time or more; len(ts) evaluations.
     The noise is the forward process's from t_min to t. Raises ValueError for other times and states.
-    Source: Song et al. 2023, algorithm 1.
+    Source: Song et al. 2023, algorithm 1. Equations: eq-one-step, eq-consistency-algorithms
     """
     require_state(x)
     times = require_times([*map(float, ts), schedule.t_min], schedule.t_min, schedule.t_max, descending=True)
@@ -154,7 +156,7 @@ class PseudoHuber:
 def euler_step(denoiser: Denoiser, x: Tensor, t: float | Tensor, s: float | Tensor) -> Tensor:
     """Euler's step in r on dy / dr = eps, which is DDIM's: the state (B, *) at s from x at t. Order 1.
 
-    t, s: floats, 0-dim or (B,). Source: Song et al. 2023, eq. 6.
+    t, s: floats, 0-dim or (B,). Source: Song et al. 2023, eq. 6. Equations: eq-training-pair
     """
     ratio, move = _scaled(denoiser.schedule, t, s)
     return per_sample(ratio, x) * x + per_sample(move, x) * denoiser(x, t).eps
@@ -163,7 +165,7 @@ def euler_step(denoiser: Denoiser, x: Tensor, t: float | Tensor, s: float | Tens
 def heun_step(denoiser: Denoiser, x: Tensor, t: float | Tensor, s: float | Tensor) -> Tensor:
     """Heun's step in r on dy / dr = eps: the state (B, *) at s from x at t. Order 2.
 
-    t, s: floats, 0-dim or (B,). Source: Karras et al. 2022, algorithm 1.
+    t, s: floats, 0-dim or (B,). Source: Karras et al. 2022, algorithm 1. Equations: eq-training-pair
     """
     ratio, move = (per_sample(c, x) for c in _scaled(denoiser.schedule, t, s))
     eps = denoiser(x, t).eps
@@ -201,7 +203,7 @@ def cd_loss(
     x (B, *) at t: draws of the forward kernel; s < t: floats, 0-dim or (B,). The teacher's ODE is solved
     from t to s by `substeps` equal steps in lam. No gradient flows through the target, which is f's slow
     copy or f itself. The distance is `SquaredL2()` unless given.
-    Source: Song et al. 2023, algorithm 2.
+    Source: Song et al. 2023, algorithm 2. Equations: eq-training-pair, eq-consistency-loss
     """
     require_count("substeps", substeps)
     with torch.no_grad():
@@ -230,7 +232,7 @@ def ct_loss(
 
     x0, eps (B, *); s < t: floats, 0-dim or (B,). The pair is Euler's step with the denoiser's value replaced
     by x0, right on average only: at the exact map the loss is not 0. The distance is `PseudoHuber()` unless
-    given. Source: Song et al. 2023, algorithm 3.
+    given. Source: Song et al. 2023, algorithm 3. Equations: eq-consistency-loss
     """
     with torch.no_grad():
         goal = target(perturb(schedule, x0, s, eps), s)

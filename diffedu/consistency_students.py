@@ -133,7 +133,10 @@ class ConsistencyStudent(Student, ABC):
 
 @dataclass(frozen=True)
 class ConsistencyDistilled(ConsistencyStudent):
-    """Consistency distillation: from the teacher's weights, along its ODE by Heun, squared distances."""
+    """Consistency distillation: from the teacher's weights, along its ODE by Heun, squared distances.
+
+    Source: Song et al. 2023, algorithm 2. Equations: eq-consistency-algorithms
+    """
 
     substeps: int = 2
     suffix: ClassVar[str] = "consistency"
@@ -161,6 +164,7 @@ class ConsistencyTrained(ConsistencyStudent):
     with its posterior weight, so that targets are nearly sure and squared distances serve. Steps over more
     than two intervals are Euler's, the others Heun's.
     Source: Song et al. 2023, algorithm 3; the batch's posterior, Xu, Tong & Jaakkola 2023 (stable targets).
+    Equations: eq-consistency-algorithms
     """
 
     taught: ClassVar[bool] = False

@@ -28,6 +28,7 @@ def progressive_target(
     w = (e^lam' - e^lam_t) / (e^lam_s - e^lam_t), lam the half log-SNR. It holds at sigma_s = 0 (w = 0) and
     alpha_t = 0, and loses no digits where t and s are close. Raises ValueError for other times.
     Source: Salimans & Ho 2022, algorithm 2 and appendix G.
+    Equations: eq-distillation-target, eq-first-teacher-step, eq-second-teacher-step, eq-target-solved
     """
     schedule = teacher.schedule
     if middle is None:
@@ -50,14 +51,20 @@ def _alpha_sigma(schedule: Schedule, t: float | Tensor) -> tuple[float | Tensor,
 
 
 def truncated_snr(schedule: Schedule, t: float | Tensor) -> float | Tensor:
-    """max(alpha^2 / sigma^2, 1): the larger of the errors in x0 and eps (Salimans & Ho 2022, section 4)."""
+    """max(alpha^2 / sigma^2, 1): the larger of the errors in x0 and eps (Salimans & Ho 2022, section 4).
+
+    Equations: eq-two-lambdas
+    """
     a, b = schedule.alpha(t), schedule.sigma(t)
     snr = (a / b) ** 2
     return snr.clamp(min=1) if isinstance(snr, Tensor) else max(snr, 1.0)
 
 
 def snr_plus_one(schedule: Schedule, t: float | Tensor) -> float | Tensor:
-    """alpha^2 / sigma^2 + 1: for a VP schedule the error in v (Salimans & Ho 2022, section 4)."""
+    """alpha^2 / sigma^2 + 1: for a VP schedule the error in v (Salimans & Ho 2022, section 4).
+
+    Equations: eq-two-lambdas
+    """
     a, b = schedule.alpha(t), schedule.sigma(t)
     return (a / b) ** 2 + 1
 
@@ -76,7 +83,7 @@ def progressive_loss(
 
     x0, eps (B, *); times as for `progressive_target`, through which no gradient flows. weight(schedule, t):
     `truncated_snr` or `snr_plus_one`; the SNR alone would leave t = 1 unlearned.
-    Source: Salimans & Ho 2022, algorithm 2.
+    Source: Salimans & Ho 2022, algorithm 2. Equations: eq-distillation-loss
     """
     z = perturb(teacher.schedule, x0, t, eps)
     error = progressive_target(teacher, z, t, s, middle) - student(z, t).x0

@@ -69,6 +69,7 @@ class Distilled(Student):
     The times are uniform in t, so that a student's step from t to s is its teacher's two by (t + s) / 2. The
     first generation's teacher makes twice its steps. The students of `kept` steps come with the package.
     Raises ValueError for generations that do not halve. Source: Salimans & Ho 2022, algorithm 2.
+    Equations: eq-step-halving
     """
 
     generations: tuple[tuple[int, Recipe], ...]
@@ -88,7 +89,10 @@ class Distilled(Student):
         return f"progressive distillation of the teacher {self.teacher.name} to {kept} steps, a file for each"
 
     def grid(self, n: int) -> Tensor:
-        """The times of the student of n steps, (n + 1,) float64: for `sample` with `DDIM()`."""
+        """The times of the student of n steps, (n + 1,) float64: for `sample` with `DDIM()`.
+
+        Equations: eq-half-steps
+        """
         return self.teacher.schedule.grid(n, "t")
 
     def loss(self, teacher: NetDenoiser, n: int, data: Tensor) -> Loss:
@@ -115,6 +119,7 @@ class Distilled(Student):
         """The students by their number of steps; `every` and `progress` as in `fit`.
 
         Each generation has a checkpoint of its own: `checkpoint` with -n before its suffix.
+        Equations: eq-algorithm-2
         """
         generator = torch.Generator(device).manual_seed(seed)
         data, net = self.teacher.data(seed).to(device), self.teacher.load().net.to(device)

@@ -39,6 +39,7 @@ def net(dtype=torch.float64):
     return MLP(width=16, depth=1).to(dtype)
 
 
+@pytest.mark.equation("eq-boundary-condition")
 @SCHEDULES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
@@ -51,6 +52,7 @@ def test_at_t_min_the_function_is_the_identity_to_the_last_bit(schedule, dtype, 
     assert not torch.allclose(f(x, schedule.t_max), x)
 
 
+@pytest.mark.equation("eq-boundary-condition")
 def test_the_scalings_are_those_of_song_et_al():
     # S107 in the EDM clock: t = r, epsilon = .002, sigma_d = .5
     f = ConsistencyFunction(net(), EDM, scale=0.5)
@@ -132,6 +134,8 @@ def test_at_the_exact_map_the_distillation_loss_falls_with_the_solvers_order(ste
     assert empirical_order(hs, roots) == pytest.approx(order + 1, abs=0.15)
 
 
+@pytest.mark.equation("eq-training-pair")
+@pytest.mark.equation("eq-consistency-loss")
 def test_the_losses_at_the_exact_map_are_the_audits():
     # S109, in the EDM clock on the toy law: distillation 3.9e-6 and 4.5e-10, training 1.5e-2 and 2.8e-4
     law, s, n = mix(), EDM.t_of_lam(0.0), 20_000
@@ -243,6 +247,7 @@ def test_no_gradient_flows_through_the_target():
         assert all(p.grad is None for p in teacher.net.parameters())
 
 
+@pytest.mark.equation("eq-training-pair")
 def test_the_loss_as_the_survey_prints_it_is_met_by_a_constant():
     # S108 puts one t on both sides: a function that is constant above t_min has no loss and knows nothing
     vp, law = VP(), asym3()
@@ -261,6 +266,7 @@ def test_the_loss_as_the_survey_prints_it_is_met_by_a_constant():
     assert cd_loss(constant, constant, exact(law, vp), x, near, vp.t_min).mean() > 0.1
 
 
+@pytest.mark.equation("eq-consistency-algorithms")
 def test_multistep_with_the_exact_map_gives_the_law():
     vp, law, n = VP(), asym3(), 4000
     f, end = SolutionMap(exact(law, vp), steps=40), law.marginal(vp, vp.t_min)

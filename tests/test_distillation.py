@@ -55,6 +55,7 @@ def test_one_step_to_the_target_lands_where_two_steps_of_the_teacher_do(schedule
         torch.testing.assert_close(landed, want, rtol=0, atol=1e-12 * float(1 + z.abs().max()))
 
 
+@pytest.mark.equation("eq-algorithm-2")
 def test_a_student_that_meets_its_target_makes_the_teachers_trajectory():
     # N = 8 steps of the student are the teacher's 16, all the way: Algorithm 2 with nothing left to learn
     teacher, vp = exact(asym3(), VP()), VP()
@@ -117,6 +118,7 @@ class Sharp:
         return Prediction(x, self.schedule.alpha(t), self.schedule.sigma(t), "x0", x0)
 
 
+@pytest.mark.equation("eq-target-solved")
 @pytest.mark.parametrize("schedule", [VP(t_min=1e-5), Cosine(t_min=1e-5)], ids=["vp", "cosine"])
 def test_no_digits_are_lost_in_float32_at_8192_steps(schedule):
     # S119's own form divides by a difference that falls to 2e-4 here (audit) and keeps two or three digits
@@ -152,6 +154,7 @@ def test_no_digits_are_lost_in_float32_at_8192_steps(schedule):
     assert ((bad - want).norm(dim=1) / want.norm(dim=1)).max() > 1e-4
 
 
+@pytest.mark.equation("eq-second-teacher-step")
 def test_the_target_as_the_survey_prints_it_is_the_teachers_own_prediction():
     # S117's second step starts from z_t with the first prediction: one step in two halves, nothing to learn
     schedule, teacher = Cosine(), exact(asym3(), Cosine())
@@ -168,6 +171,7 @@ def test_the_target_as_the_survey_prints_it_is_the_teachers_own_prediction():
         assert (printed_z2 - two_steps(teacher, z, t, (t + s) / 2, s)).square().mean().sqrt() > 0.01
 
 
+@pytest.mark.equation("eq-distillation-target")
 def test_the_shares_are_the_audits():
     # S114: cosine, N = 4, w_1 = 0, .3512, .4335, .4802; read off with predictions 1 at t and 0 in the middle
     class Marked:
@@ -192,6 +196,7 @@ def test_times_that_do_not_fall_are_refused(times):
         progressive_target(exact(mix(), VP()), torch.zeros(3, 1, dtype=torch.float64), t, s, middle)
 
 
+@pytest.mark.equation("eq-two-lambdas")
 def test_the_weights():
     # S123: for the cosine schedule at t = 1/4 the truncated SNR is 5.83
     assert truncated_snr(Cosine(), 0.25) == pytest.approx(5.828, abs=1e-3)

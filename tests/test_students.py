@@ -129,6 +129,7 @@ def test_generations_that_do_not_halve_are_refused(counts):
         Distilled(SMALL, tuple((n, RECIPE) for n in counts))
 
 
+@pytest.mark.equation("eq-step-halving")
 def test_each_generation_starts_from_the_one_before_and_learns_its_two_steps():
     seen = []
 

@@ -25,7 +25,7 @@ VERDICTS = {  # code: (in the table, in the legend)
     "A": ("wrong", "mathematically wrong; code written from the printed formula fails, and a test shows it."),
     "B": ("unsound", "a step of the argument is missing, or a claim in the text does not hold."),
     "C": ("slip", "a slip of index, name or citation; the intention is clear."),
-    "text": ("text", "a title, with nothing to judge."),
+    "text": ("text", "a title, or something that the slides leave out: nothing to judge."),
 }
 STYLE = """<style>
 .equation-map tr { background: none !important; }

@@ -126,7 +126,27 @@ VERDICTS = {
     "eq-deterministic-ddim": "OK*",
     "eq-sigma-alpha": "A",
     "eq-ddim-is-dpm-1": "OK B",
+    "eq-recap": "B",
+    "eq-consistency-idea": "OK* C",
+    "eq-consistency-function": "B C",
+    "eq-boundary-condition": "OK*",
+    "eq-training-pair": "A",
+    "eq-consistency-loss": "A B",
+    "eq-one-step": "A",
+    "eq-consistency-algorithms": "text",
+    "eq-step-halving": "OK",
+    "eq-clean-and-noisy": "OK",
+    "eq-distillation-target": "B",
+    "eq-half-steps": "OK",
+    "eq-first-teacher-step": "OK C",
+    "eq-second-teacher-step": "A",
+    "eq-student-step": "OK B",
+    "eq-target-solved": "OK",
+    "eq-distillation-loss": "A B C",
     "eq-algorithm-1": "OK",
+    "eq-algorithm-2": "OK",
+    "eq-two-lambdas": "C",
+    "survey-bibliography": "C",
 }
 
 
@@ -216,7 +236,7 @@ def resolve(path):
 
 
 def test_rows_are_the_audits():
-    assert [row["id"] for row in ROWS] == [f"S{k:02d}" for k in (*range(1, 104), 121)]
+    assert [row["id"] for row in ROWS] == [f"S{k:02d}" for k in range(1, 125)]
     assert list(ROWS[0]) == ["id", "slug", "title", "survey_number", "verdict", "anchor", "object", "test"]
     assert len(set(SLUGS)) == len(SLUGS)
     assert {row["slug"]: row["verdict"] for row in ROWS} == VERDICTS
