@@ -101,7 +101,7 @@ def render(rows: list[Row]) -> str:
         "# Equation map",
         "",
         "Every formula and every claim of the survey {cite}`zhousurvey` that carries weight has a number, "
-        f"from {rows[0].id} on, in the order of the slides; later chapters add theirs. "
+        f"from {rows[0].id} to {rows[-1].id}, in the order of the slides. "
         f"Of these {len(rows)} items, {placed} are treated at a marked place in a chapter, {coded} have an "
         f"object of [diffedu](api.md) that implements them, and {tested} have a test that runs them. "
         "The build writes this page from one table; tests check that each place, object and test is there.",
@@ -109,8 +109,8 @@ def render(rows: list[Row]) -> str:
         "What the verdicts mean; an item can have several:",
         "",
         legend,
-        "For each item with an A or a B, [Reading the survey critically](reading-critically.ipynb) runs the "
-        "printed form; its verdict links there.",
+        "For each item with an A or a B, [Reading the survey critically](reading-critically.ipynb) or its "
+        "[second part](reading-critically-2.ipynb) runs the printed form; its verdict links there.",
         "",
         STYLE,
         "",
