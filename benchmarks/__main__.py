@@ -30,24 +30,28 @@ def main() -> None:
         default=list(BENCHMARKS),
         help=f"which (default all): {', '.join(BENCHMARKS)}",
     )
-    parser.add_argument("--seeds", type=int, help="how many seeds, instead of the goals' own number")
+    for option in ("seeds", "samples", "pairs"):
+        parser.add_argument(
+            f"--{option}", type=int, help=f"how many {option}, instead of the goals' own number"
+        )
     parser.add_argument(
         "--out", type=Path, default=report.RESULTS, help="folder of the JSON (benchmarks/results)"
     )
     options = parser.parse_args()
     if unknown := sorted(set(options.names) - set(BENCHMARKS)):
         parser.error(f"NAME must be one of {', '.join(BENCHMARKS)}; got {', '.join(unknown)}")
-    if options.seeds is not None and options.seeds < 2:
-        parser.error(f"--seeds must be 2 or more; got {options.seeds}")
+    asked = {k: getattr(options, k) for k in ("seeds", "samples", "pairs") if getattr(options, k) is not None}
+    if any(n < 1 for n in asked.values()):
+        parser.error(f"numbers must be 1 or more; got {asked}")
     torch.set_num_threads(1)
     for name in options.names:
         module, what = BENCHMARKS[name]
         print(f"{name}: {what}")
-        seeded = options.seeds is not None and "seeds" in signature(module.measure).parameters
-        results = module.measure(**({"seeds": options.seeds} if seeded else {}))
+        known = {k: n for k, n in asked.items() if k in signature(module.measure).parameters}
+        results = module.measure(**known)
         print(module.show(results))
-        seeds = f" --seeds {options.seeds}" if seeded else ""
-        report.write(options.out / f"{name}.json", f"python -m benchmarks {name}{seeds}", results)
+        command = " ".join(["python -m benchmarks", name, *(f"--{k} {n}" for k, n in known.items())])
+        report.write(options.out / f"{name}.json", command, results)
 
 
 if __name__ == "__main__":
