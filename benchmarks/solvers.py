@@ -230,7 +230,8 @@ def show(results: dict[str, Any]) -> str:
     def cells(r: dict[str, Any]) -> list[str]:
         others = r["best_other"] or [None] * len(EVALUATIONS)
         return [
-            f"{e:.2g}" + (f" | {o:.2g}" if o else "") for e, o in zip(r["rms_error"], others, strict=True)
+            ("-" if e is None else f"{e:.2g}") + (f" | {o:.2g}" if o else "")
+            for e, o in zip(r["rms_error"], others, strict=True)
         ]
 
     accuracy_table = table(
