@@ -27,7 +27,6 @@ POINTS = 2000
 EVALUATIONS = (4, 10, 20, 50, 200)
 ORDER_STEPS = (80, 160, 320, 640)
 LAWS: dict[str, Callable[[], GaussianMixture]] = {"asym3": asym3, "ring8": ring8}
-CHOSEN = "DEIS(3)"  # the one solver, on one grid, that the goal at 10 evaluations asks for
 
 
 class Method(NamedTuple):

@@ -46,7 +46,7 @@ class Refinement:
     """How finely time is divided at step k of a training: from `first` intervals to `last`.
 
     N^2 grows evenly in k (algorithm 3's schedule, its N - 1 counted as intervals). The target's decay is
-    mu^(first / N), so that the target's lag shrinks as the intervals do.
+    mu^(first / N): the finer the grid, the slower the target follows.
     Raises ValueError for counts below 1, last < first and a decay outside [0, 1).
     Source: Song et al. 2023, appendix C. Equations: eq-consistency-algorithms
     """

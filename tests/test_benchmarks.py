@@ -43,18 +43,19 @@ def test_a_cell_of_the_sde_table_is_what_the_package_gives():
     assert abs(found - want["distance"]) < 4 * spread / math.sqrt(2)
 
 
-def test_the_teacher_of_the_swiss_roll_reaches_its_goal():
-    mean = RESULTS["training"]["means"]["swiss-roll"]
+@pytest.mark.parametrize(
+    "name",
+    [
+        "swiss-roll",
+        pytest.param(
+            "moons",
+            marks=pytest.mark.xfail(strict=True, reason="of seed 1 a sample from far out runs away"),
+        ),
+    ],
+)
+def test_the_teachers_reach_their_goals(name):
+    mean = RESULTS["training"]["means"][name]
     assert mean["excess"] <= mean["goal"]
-
-
-def test_the_teacher_of_the_moons_reaches_its_goal_but_for_one_sample():
-    # with seed 1 one of 600,000 samples, started 4.8 deviations out, runs away, and the mean with it
-    rows = [
-        r for r in RESULTS["training"]["rows"] if (r["data"], r["steps"]) == ("moons", MOONS.recipe.steps)
-    ]
-    goal = RESULTS["training"]["means"]["moons"]["goal"]
-    assert [r["seed"] for r in rows if r["excess"] > goal] == [1]
 
 
 @pytest.mark.parametrize("teacher", [SWISS_ROLL, MOONS], ids=["swiss-roll", "moons"])
