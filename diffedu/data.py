@@ -1,12 +1,14 @@
-"""Two-dimensional toy data, and the laws behind them as mixtures with an exact score."""
+"""Two-dimensional toy data with the laws behind them, mixtures with an exact score; the digits of MNIST."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from sklearn.datasets import make_swiss_roll
 from torch import Tensor
 
+from diffedu import mnist_files
 from diffedu.checks import require_count
 from diffedu.mixtures import GaussianMixture
 
@@ -72,6 +74,12 @@ def ring_law() -> GaussianMixture:
     angle = 2 * math.pi * np.arange(RING_COMPONENTS) / RING_COMPONENTS
     centres = RING_RADIUS * np.stack([np.cos(angle), np.sin(angle)], axis=1)
     return _isotropic(centres, np.full(RING_COMPONENTS, 1 / RING_COMPONENTS), RING_STD)
+
+
+def mnist(split: str, root: str | Path | None = None, *, full: bool = False) -> tuple[Tensor, Tensor]:
+    """The handwritten digits of MNIST: images (n, 28, 28) uint8 and labels (n,) int64."""
+    images, labels = mnist_files.arrays(split, root, full=full)
+    return images, labels.long()
 
 
 def _half_circle(angle: Tensor, lower: Tensor) -> Tensor:

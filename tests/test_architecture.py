@@ -15,6 +15,8 @@ ORDER = [
     "schedules",
     "denoiser",
     "mixtures",
+    "idx",
+    "mnist_files",
     "data",
     "metrics",
     "sde",
