@@ -2,21 +2,28 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from diffedu.checks import require_count
+
 DIRECTIONS, DIRECTION_SEED = 128, 0
 
 
+def _check_sample(name: str, value: Tensor) -> None:
+    if value.ndim != 2 or len(value) < 2 or not value.is_floating_point():
+        raise ValueError(
+            f"{name} must be floats of shape (n, D), n >= 2; got {tuple(value.shape)}, {value.dtype}"
+        )
+    if not bool(torch.isfinite(value).all()):
+        raise ValueError(f"{name} must be finite; got {int((~value.isfinite()).sum())} nan or inf")
+
+
 def _check_pair(x: Tensor, y: Tensor, equal: bool = False) -> None:
-    for name, value in (("x", x), ("y", y)):
-        if value.ndim != 2 or len(value) < 2 or not value.is_floating_point():
-            raise ValueError(
-                f"{name} must be floats of shape (n, D), n >= 2; got {tuple(value.shape)}, {value.dtype}"
-            )
-        if not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name} must be finite; got {int((~value.isfinite()).sum())} nan or inf")
+    _check_sample("x", x)
+    _check_sample("y", y)
     if x.shape[1] != y.shape[1] or (equal and len(x) != len(y)):
         raise ValueError(
             f"x and y must have the same {'shape' if equal else 'D'}; got {tuple(x.shape)} and "
@@ -95,19 +102,59 @@ def mmd(x: Tensor, y: Tensor, bandwidth: float) -> float:
     return float(within_x + within_y - 2 * kernel(x, y).mean())
 
 
-def frechet_distance(x: Tensor, y: Tensor) -> float:
-    """Squared 2-Wasserstein distance of the Gaussians fitted to x (n, D) and y (m, D).
+@dataclass(frozen=True)
+class Moments:
+    """What the Fréchet distance knows of a sample of n: its mean (D,) and covariance (D, D), in float64.
 
-    |mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) (Dowson & Landau 1982), in float64.
+    Raises ValueError for other shapes, for what is not finite, and for a covariance that is not symmetric.
     """
-    _check_pair(x, y)
-    x, y = x.double(), y.double()
-    cov_x, cov_y = torch.cov(x.mT).reshape(x.shape[1], -1), torch.cov(y.mT).reshape(y.shape[1], -1)
-    values, axes = torch.linalg.eigh(cov_x)
-    root_x = axes * values.clamp(min=0).sqrt() @ axes.mT
-    root_trace = torch.linalg.eigvalsh(root_x @ cov_y @ root_x).clamp(min=0).sqrt().sum()
-    mean_part = (x.mean(0) - y.mean(0)).square().sum()
-    return float(mean_part + cov_x.trace() + cov_y.trace() - 2 * root_trace)
+
+    mean: Tensor
+    cov: Tensor
+    n: int
+
+    def __post_init__(self) -> None:
+        require_count("n", self.n, 2)
+        mean, cov = self.mean, self.cov
+        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"mean and cov must be of shape (D,) and (D, D); got {tuple(mean.shape)}, {tuple(cov.shape)}"
+            )
+        for name, value in (("mean", mean), ("cov", cov)):
+            if value.dtype != torch.float64 or not bool(torch.isfinite(value).all()):
+                bad = int((~value.isfinite()).sum())
+                raise ValueError(f"{name} must be finite and float64; got {value.dtype}, {bad} nan or inf")
+        if not torch.allclose(cov, cov.mT, rtol=1e-9, atol=1e-12 * float(cov.abs().max())):
+            raise ValueError(f"cov must be symmetric; got one that differs by {(cov - cov.mT).abs().max()}")
+
+
+def moments(x: Tensor) -> Moments:
+    """The mean and the unbiased covariance of a sample x (n, D), n >= 2."""
+    return _moments("x", x)
+
+
+def _moments(name: str, x: Tensor) -> Moments:
+    _check_sample(name, x)
+    x = x.double()
+    return Moments(x.mean(0), torch.cov(x.mT).reshape(x.shape[1], -1), len(x))
+
+
+def frechet_distance(x: Tensor | Moments, y: Tensor | Moments) -> float:
+    """Squared 2-Wasserstein distance of the Gaussians fitted to x and y, samples (n, D) or their moments.
+
+    |mu_x - mu_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)) (Dowson & Landau 1982), in float64. Two samples of one
+    law lie apart by about 1/n_x + 1/n_y times a constant: compare only values of equal numbers of samples.
+    """
+    a = x if isinstance(x, Moments) else _moments("x", x)
+    b = y if isinstance(y, Moments) else _moments("y", y)
+    if len(a.mean) != len(b.mean):
+        shapes = ((m.n, len(m.mean)) for m in (a, b))
+        raise ValueError("x and y must have the same D; got {} and {}".format(*shapes))
+    values, axes = torch.linalg.eigh(a.cov)
+    root = axes * values.clamp(min=0).sqrt() @ axes.mT
+    root_trace = torch.linalg.eigvalsh(root @ b.cov @ root).clamp(min=0).sqrt().sum()
+    mean_part = (a.mean - b.mean).square().sum()
+    return float(mean_part + a.cov.trace() + b.cov.trace() - 2 * root_trace)
 
 
 def empirical_order(h: Sequence[float] | Tensor, err: Sequence[float] | Tensor) -> float:

@@ -10,10 +10,12 @@ from scipy.stats import energy_distance as scipy_energy
 from scipy.stats import wasserstein_distance
 
 from diffedu.metrics import (
+    Moments,
     empirical_order,
     energy_distance,
     frechet_distance,
     mmd,
+    moments,
     sliced_energy,
     sliced_w2,
 )
@@ -159,6 +161,67 @@ def test_frechet_distance_on_the_line_and_of_a_degenerate_law(draw):
     assert frechet_distance(x, y) == pytest.approx(float(want), rel=1e-9)
     flat = torch.cat([x, torch.zeros_like(x)], dim=1)
     assert frechet_distance(flat, flat + 1) == pytest.approx(2, rel=1e-9)
+
+
+def test_frechet_distance_of_gaussians_whose_covariances_commute(draw):
+    # C = U diag(c) U^T with one U: |m|^2 + sum of (sqrt(a) - sqrt(b))^2
+    turn = torch.linalg.qr(draw(5, 5)).Q
+    a, b = (torch.tensor(v, dtype=torch.float64) for v in ([4, 1, 0.25, 9, 0], [1, 1, 4, 2.25, 0.01]))
+    mean = torch.tensor([0.5, 0, 0, -1, 2], dtype=torch.float64)
+    x = Moments(mean, turn @ torch.diag(a) @ turn.mT, 100)
+    y = Moments(torch.zeros_like(mean), turn @ torch.diag(b) @ turn.mT, 7)
+    want = 5.25 + 1 + 0 + 2.25 + 2.25 + 0.01
+    assert frechet_distance(x, y) == pytest.approx(want, rel=1e-7)  # the root of a rounded 0 is 1e-8
+    assert frechet_distance(y, x) == pytest.approx(want, rel=1e-7)
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("d", [1, 3])
+def test_moments_and_samples_are_at_one_distance(draw, d):
+    x, y = draw(50, d), draw(40, d) @ draw(d, d) + 0.3
+    a, b = moments(x), moments(y.float())
+    assert (a.n, b.n) == (50, 40)
+    np.testing.assert_allclose(a.mean, x.numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(a.cov, np.cov(x.numpy().T).reshape(d, d), rtol=1e-12)
+    assert b.mean.dtype == b.cov.dtype == torch.float64
+    values = [frechet_distance(p, q) for p in (x, a) for q in (y.float(), b)]
+    assert values == [values[0]] * 4
+    assert frechet_distance(a, x) == pytest.approx(0, abs=1e-9)
+
+
+def test_the_bias_of_the_frechet_distance_falls_as_one_over_n(generator):
+    # two samples of N(0, I): the means give 2 D / n, the covariances, to first order, (D^2 + D) / (2 n)
+    def mean(d, n):
+        pairs = torch.randn(200, 2, n, d, generator=generator, dtype=torch.float64)
+        found = torch.tensor([frechet_distance(x, y) for x, y in pairs], dtype=torch.float64)
+        return found.mean(), found.std() / math.sqrt(len(found))
+
+    for n in (200, 800):
+        value, error = mean(3, n)
+        assert within(value, (2 * 3 + (3**2 + 3) / 2) / n, error + 0.05 / n)
+
+
+@pytest.mark.parametrize(
+    ("mean", "cov", "n", "message"),
+    [
+        (torch.zeros(2, 1), torch.eye(2), 5, r"of shape \(D,\) and \(D, D\); got \(2, 1\), \(2, 2\)"),
+        (torch.zeros(3), torch.eye(2), 5, r"got \(3,\), \(2, 2\)"),
+        (torch.zeros(2), torch.eye(2), 1, "n must be an int of at least 2; got 1"),
+        (torch.zeros(2), torch.eye(2) / 0, 5, "cov must be finite and float64; got torch.float64, 4 nan or"),
+        (torch.zeros(2), torch.tensor([[1.0, 0.5], [0.4, 1.0]]), 5, r"cov must be symmetric; .* 0\.09"),
+    ],
+)
+def test_moments_that_are_none_are_refused(mean, cov, n, message):
+    with pytest.raises(ValueError, match=message):
+        Moments(mean.double(), cov.double(), n)
+
+
+def test_moments_in_single_precision_and_of_another_dimension_are_refused():
+    with pytest.raises(ValueError, match=r"mean must be finite and float64; got torch\.float32"):
+        Moments(torch.zeros(2), torch.eye(2), 5)
+    x, y = Moments(torch.zeros(2).double(), torch.eye(2).double(), 5), torch.randn(6, 3)
+    with pytest.raises(ValueError, match=r"same D; got \(5, 2\) and \(6, 3\)"):
+        frechet_distance(x, y)
 
 
 @every
