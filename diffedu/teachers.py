@@ -134,4 +134,4 @@ class Teacher:
 
 
 SWISS_ROLL = Teacher("swiss-roll", swiss_roll, Recipe(steps=5000, lr=1.5e-2, ema=0.998))
-MOONS = Teacher("moons", moons, Recipe(steps=3600, lr=1.5e-2, ema=0.998))
+MOONS = Teacher("moons", moons, Recipe(steps=3600, lr=1e-2, ema=0.998))
