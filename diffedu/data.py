@@ -77,7 +77,18 @@ def ring_law() -> GaussianMixture:
 
 
 def mnist(split: str, root: str | Path | None = None, *, full: bool = False) -> tuple[Tensor, Tensor]:
-    """The handwritten digits of MNIST: images (n, 28, 28) uint8 and labels (n,) int64."""
+    """The handwritten digits of MNIST: images (n, 28, 28) uint8, 0 to 255, and labels (n,) int64, 0 to 9.
+
+    split: "train", 60,000, or "test", 10,000, in the order of the original files. They come from the first
+    of these: `root` or else the environment variable DIFFEDU_DATA, a folder of the original IDX files, plain
+    or compressed by gzip, in it or in the MNIST/raw that torchvision makes; the cache, filled from public
+    mirrors the first time. Only where no mirror answers, they are the 8,000 or 2,000 that the package ships
+    (see `mnist_files.subset`), which one line on stderr says; full=True makes that an error and asks the
+    mirrors anew. Every source is checked by its SHA-256.
+
+    Raises ValueError for another split, for a file of that folder that is missing, damaged or not MNIST's,
+    and with full=True where the digits are neither in the cache nor to be had.
+    """
     images, labels = mnist_files.arrays(split, root, full=full)
     return images, labels.long()
 

@@ -16,6 +16,7 @@ ORDER = [
     "denoiser",
     "mixtures",
     "idx",
+    "mirrors",
     "mnist_files",
     "data",
     "metrics",
