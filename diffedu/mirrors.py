@@ -93,6 +93,6 @@ def _download(url: str, output: str, _: object) -> None:
     content = received.getvalue()
     try:  # a server may have taken the compression off on the way
         content = gzip.decompress(content) if content.startswith(GZIP) else content
-    except (EOFError, zlib.error) as error:
-        raise ValueError(f"sends a damaged {url}: {error}") from error
+    except (EOFError, OSError, zlib.error) as error:
+        raise ValueError(f"sends a damaged file: {error}") from error
     Path(output).write_bytes(content)

@@ -27,10 +27,10 @@ FULL = {
 }
 # The same of the subset, as tools/mnist_subset.py prints it
 SUBSET = {
-    "train-images-idx3-ubyte": "92e265b7414886ac52594f31a52609edbfc8c4bfa17dbe9e48c742312f417caa",
-    "train-labels-idx1-ubyte": "f7122ad9ee966f9c5014cbeac576e34fabb37bb75738f2f277c6fd4a7ba36fd4",
-    "t10k-images-idx3-ubyte": "780e99a56e963f3affe4791a03545a6ddbdc0904dd880c7f3c50753282177303",
-    "t10k-labels-idx1-ubyte": "b547e409b08f1d55c77b7f0964dfb27202f97c41c014d9427a3acecfcf6a7129",
+    "train-images-idx3-ubyte": "5044cfd200506345b056065b1ec48ceefc4aea7afb29339028412f2681a2ee6f",
+    "train-labels-idx1-ubyte": "4d96d3a98710f493d73689c75a33df66be4208c3221af55114e1816fa47bd9da",
+    "t10k-images-idx3-ubyte": "0a2a978ac97c9ffe5524643f23f15c688c7c4b82e1ce271f4060492e4a74cae4",
+    "t10k-labels-idx1-ubyte": "601a3cc86da79e5dcf5265d52b4dd14eb2e0ee0c69c9792c036ed8b98dcb05fa",
 }
 # What comes before a file's name and ".gz"
 MIRRORS = (
@@ -70,7 +70,7 @@ def arrays(split: str, root: str | Path | None = None, *, full: bool = False) ->
 
 
 def subset(split: str) -> tuple[Tensor, Tensor]:
-    """The subset in the package: of each class the first 800 training or 200 test digits, as they come.
+    """The subset in the package: of each class 800 training or 200 test digits, evenly spaced over all of it.
 
     In the order of the original files. Images (8000 or 2000, 28, 28) and labels (8000 or 2000,), both uint8.
     It needs no network.
@@ -81,7 +81,7 @@ def subset(split: str) -> tuple[Tensor, Tensor]:
 
 
 def _names(split: str) -> tuple[str, str]:
-    if split not in FILES:
+    if split not in tuple(FILES):
         raise ValueError(f"split must be one of {sorted(FILES)}; got {split!r}")
     return FILES[split]
 

@@ -7,7 +7,8 @@ from problems import within
 from scipy.integrate import quad
 from sklearn.datasets import make_swiss_roll
 
-from diffedu.data import checkerboard, moons, moons_law, ring, ring_law, swiss_roll, swiss_roll_law
+from diffedu import idx, mirrors, mnist_files
+from diffedu.data import checkerboard, mnist, moons, moons_law, ring, ring_law, swiss_roll, swiss_roll_law
 from diffedu.metrics import sliced_w2
 
 SAMPLERS = (swiss_roll, moons, checkerboard, ring)
@@ -126,3 +127,33 @@ def test_the_ring_has_eight_equal_beads(generator):
     gaps = torch.pdist(law.means).sort().values[:8]
     torch.testing.assert_close(gaps, torch.full((8,), 2.8 * math.sin(math.pi / 8), dtype=torch.float64))
     torch.testing.assert_close(law.covs, 0.01 * torch.eye(2, dtype=torch.float64).expand(8, 2, 2))
+
+
+def test_mnist_is_of_the_types_and_shapes_of_the_contract(monkeypatch, tmp_path, capsys):
+    images, labels = mnist_files.subset("test")
+    for name, array in zip(mnist_files.FILES["test"], (images, labels), strict=True):
+        (tmp_path / name).write_bytes(idx.encode(array))
+    monkeypatch.setattr(mnist_files, "FULL", mnist_files.SUBSET)
+    got = mnist("test", tmp_path)
+    assert (got[0].dtype, got[0].shape) == (torch.uint8, (2000, 28, 28))
+    assert (got[1].dtype, got[1].shape) == (torch.int64, (2000,))
+    assert torch.equal(got[0], images)
+    assert got[1].tolist() == labels.tolist()
+    monkeypatch.setenv("DIFFEDU_DATA", str(tmp_path))
+    assert torch.equal(mnist("test", full=True)[0], images)
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(TypeError):
+        mnist("test", tmp_path, True)
+
+
+def test_mnist_without_a_source_is_the_subset_or_an_error(monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("DIFFEDU_DATA", raising=False)
+    monkeypatch.setattr(mnist_files, "MIRRORS", ())
+    monkeypatch.setattr(mirrors, "cache", lambda: tmp_path)
+    images, labels = mnist("train")
+    assert (images.shape, labels.dtype) == ((8000, 28, 28), torch.int64)
+    assert capsys.readouterr().err.count("\n") == 1
+    with pytest.raises(ValueError, match="DIFFEDU_DATA"):
+        mnist("train", full=True)
+    with pytest.raises(ValueError, match="split must be one of"):
+        mnist("validation")
