@@ -1,23 +1,27 @@
 """The command `python -m diffedu.train`: trains a network of the book and writes its file."""
 
 import argparse
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from diffedu.checks import require_count
 from diffedu.consistency_students import (
     MOONS_CONSISTENCY,
     MOONS_CONSISTENCY_TRAINED,
     SWISS_ROLL_CONSISTENCY,
     SWISS_ROLL_CONSISTENCY_TRAINED,
 )
+from diffedu.digits import MNIST, DigitModel
 from diffedu.students import MOONS_DISTILLED, SWISS_ROLL_DISTILLED
 from diffedu.teachers import MOONS, SWISS_ROLL
-from diffedu.weights import read
+from diffedu.weights import read, replacing
 
 
 class Network(Protocol):
@@ -49,6 +53,7 @@ def networks() -> list[Network]:
         MOONS_CONSISTENCY,
         SWISS_ROLL_CONSISTENCY_TRAINED,
         MOONS_CONSISTENCY_TRAINED,
+        MNIST,
     ]
 
 
@@ -57,11 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m diffedu.train",
         description="Train a network of the book and write it, with all that made it, to a safetensors file.",
-        epilog="The files that come with the package: --seed 0 --out diffedu/pretrained/NAME.safetensors",
+        epilog="The files that come with the package: --seed 0 --out diffedu/pretrained/NAME.safetensors. "
+        "On several GPUs or machines: accelerate launch -m diffedu.train mnist",
     )
     commands = parser.add_subparsers(required=True, metavar="NAME")
     for network in networks():
-        command = commands.add_parser(network.name, help=network.summary)
+        command = commands.add_parser(network.name, help=network.summary, description=network.summary)
         command.set_defaults(network=network)
         command.add_argument("--seed", type=int, default=0, help="of weights, data and noise (default 0)")
         command.add_argument(
@@ -76,29 +82,102 @@ def main(arguments: Sequence[str] | None = None) -> int:
             help="a file to save the run's state in, and to go on from if it exists",
         )
         command.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one, else cpu)")
-    options = parser.parse_args(arguments)
+        if isinstance(network, DigitModel):
+            add_digit_options(command, network)
+    options = vars(parser.parse_args(arguments))
     try:
-        train(options.network, options.seed, options.out, options.checkpoint, options.device)
+        network = options.pop("network")
+        if isinstance(network, DigitModel):
+            network = sized(network, options)
+        train(network, **options)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def train(network: Network, seed: int, out: Path, checkpoint: Path | None, device: str | None) -> None:
+def add_digit_options(command: argparse.ArgumentParser, model: DigitModel) -> None:
+    """The options of a network of digits."""
+    recipe = model.recipe
+    command.add_argument(
+        "--images",
+        type=int,
+        default=model.images,
+        help=f"the budget: how many images the training sees, repetitions counted (default {model.images})",
+    )
+    command.add_argument("--batch", type=int, default=model.batch, help=f"images a step ({model.batch})")
+    command.add_argument("--lr", type=float, default=recipe.lr, help=f"Adam's learning rate ({recipe.lr:g})")
+    command.add_argument(
+        "--ema", type=float, default=recipe.ema, help=f"decay of the weights' average ({recipe.ema:g})"
+    )
+    command.add_argument(
+        "--every", type=int, default=250, help="steps between two checkpoints and two lines of the log (250)"
+    )
+    command.add_argument("--log", type=Path, help="a file for a line of JSON now and then, samples beside it")
+    source = command.add_mutually_exclusive_group()
+    source.add_argument(
+        "--root",
+        type=Path,
+        help="the folder of MNIST's original files (default: DIFFEDU_DATA, else they are downloaded once)",
+    )
+    source.add_argument(
+        "--subset", action="store_true", help="train on the few digits that come with the package, offline"
+    )
+
+
+def sized(model: DigitModel, options: dict[str, Any]) -> DigitModel:
+    """The model with what the options say of its recipe, which are taken out of them."""
+    recipe = replace(model.recipe, lr=options.pop("lr"), ema=options.pop("ema"))
+    batch = require_count("--batch", options.pop("batch"))
+    return replace(model, batch=batch, recipe=recipe).with_budget(options.pop("images"))
+
+
+def train(
+    network: Network,
+    seed: int,
+    out: Path,
+    checkpoint: Path | None,
+    device: str | None,
+    **options: Any,
+) -> None:
     """Train a network and write its file, or files; prints what was written.
 
     Raises ValueError for an absent device and an `out` that is no safetensors file.
     """
     if out.suffix != ".safetensors":
         raise ValueError(f"--out must end in .safetensors; got {out}")
-    out.parent.mkdir(parents=True, exist_ok=True)  # an unwritable place is found out before the training
+    require_writable(out)
+    place = pick_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        options["accelerator"] = accelerator = processes(network, place)
+        place = accelerator.device
     start = time.process_time()
-    trained = network.train(seed, device=pick_device(device), checkpoint=checkpoint)
+    run: Callable[..., Any] = network.train
+    trained = run(seed, device=place, checkpoint=checkpoint, **options)
     seconds = time.process_time() - start
+    if "accelerator" in options and not options["accelerator"].is_main_process:
+        return
     for file in network.save(out, trained, seed):
         digest = read(file)[1]["digest"][:16]
         print(f"{file}: {network.name}, seed {seed}, {seconds:.0f} CPU s, digest {digest}")
+
+
+def processes(network: Network, device: torch.device) -> Any:
+    """The accelerator of one among several processes. Raises ValueError for a network that one trains."""
+    if not isinstance(network, DigitModel):
+        raise ValueError(
+            f"{network.name} is trained by one process; got WORLD_SIZE={os.environ['WORLD_SIZE']}"
+        )
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=device.type == "cpu")
+
+
+def require_writable(out: Path) -> None:
+    """Find out before the training whether the file can be written; raises OSError where it cannot."""
+    with replacing(out.with_name(f"{out.name}.{os.getpid()}.try")) as partial:
+        partial.touch()
+    out.with_name(f"{out.name}.{os.getpid()}.try").unlink()
 
 
 def pick_device(name: str | None) -> torch.device:

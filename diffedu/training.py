@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,9 @@ from tqdm import tqdm
 from diffedu import weights
 from diffedu.checks import require_count
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 Loss = Callable[[nn.Module, torch.Generator], Tensor]
 
 
@@ -21,23 +25,31 @@ Loss = Callable[[nn.Module, torch.Generator], Tensor]
 class Recipe:
     """What fixes a training run besides its network, its loss and its generator's state.
 
-    Raises ValueError for a learning rate that is not positive or an EMA decay outside [0, 1).
+    lr is reached after `warmup` steps and decays from there; beta2 is Adam's memory of squared gradients.
+    Raises ValueError for a learning rate that is not positive, a warmup longer than the run, and an EMA
+    decay or beta2 outside [0, 1).
     """
 
     steps: int
     lr: float = 3e-3
     ema: float = 0.999
+    beta2: float = 0.999
+    warmup: int = 0
 
     def __post_init__(self) -> None:
         require_count("steps", self.steps)
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr must be positive; got {self.lr!r}")
-        if not 0 <= self.ema < 1:
-            raise ValueError(f"ema must lie in [0, 1); got {self.ema!r}")
+        for name, decay in (("ema", self.ema), ("beta2", self.beta2)):
+            if not 0 <= decay < 1:
+                raise ValueError(f"{name} must lie in [0, 1); got {decay!r}")
+        if require_count("warmup", self.warmup, 0) >= self.steps:
+            raise ValueError(f"warmup must be below steps = {self.steps}; got {self.warmup}")
 
     def lr_at(self, step: int) -> float:
-        """Cosine decay from lr to 0 (Loshchilov & Hutter 2017)."""
-        return 0.5 * self.lr * (1 + math.cos(math.pi * step / self.steps))
+        """Cosine decay from lr to 0 (Loshchilov & Hutter 2017), times (step + 1) / warmup at the start."""
+        rise = min(1.0, (step + 1) / self.warmup) if self.warmup else 1.0
+        return rise * 0.5 * self.lr * (1 + math.cos(math.pi * step / self.steps))
 
     def decay_at(self, step: int) -> float:
         """The EMA's decay, which starts small so that the first weights are soon forgotten."""
@@ -46,7 +58,7 @@ class Recipe:
 
 @dataclass
 class Fitted:
-    """A trained network: `net` holds the EMA weights; `losses` one mean loss per step taken."""
+    """A trained network, or one in training: `net` has the EMA weights; `losses` a mean for each step."""
 
     net: nn.Module
     losses: list[float]
@@ -62,34 +74,54 @@ def fit(
     every: int = 1000,
     stop_after: int | None = None,
     progress: bool = True,
+    batch: int = 1,
+    watch: Callable[[Fitted], None] | None = None,
+    accelerator: "Accelerator | None" = None,
 ) -> Fitted:
     """Minimise the mean of loss(net, generator) (B,); the net is trained in place, its EMA returned.
 
     All randomness must come from the generator. With a checkpoint (a safetensors file, written every `every`
     steps and at the end, replaced atomically) an interrupted run goes on where the file stands and ends bit
-    for bit where an uninterrupted one ends. `stop_after` ends this call after so many steps.
+    for bit where an uninterrupted one ends. `stop_after` ends this call after so many steps. The progress bar
+    counts `batch` samples a step; `watch` sees what there is whenever the checkpoint is due.
+    With an accelerator of several processes, each of which must draw the same generator's whole batch and
+    return the losses of its own equal part, all take the steps that one process would take; the first one
+    writes, shows and watches.
     Raises ValueError for a checkpoint of another recipe or network, and for a loss that is not finite.
     Equations: eq-algorithm-1
     """
     if stop_after is not None:
         require_count("stop_after", stop_after)
     require_count("every", every)
+    require_count("batch", batch)
+    first_process = accelerator is None or accelerator.is_main_process
     average = copy.deepcopy(net).requires_grad_(False)
-    optimiser = torch.optim.Adam(net.parameters(), lr=recipe.lr, fused=True)
-    run = _Run(net, average, optimiser, generator, recipe, losses=[])
+    optimiser = torch.optim.Adam(net.parameters(), lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)
+    run = _Run(net, average, optimiser, generator, recipe, [], accelerator)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         run.load(path)
     last = recipe.steps if stop_after is None else min(recipe.steps, len(run.losses) + stop_after)
     first = len(run.losses)
-    with tqdm(total=recipe.steps, initial=first, disable=not progress, mininterval=0.5) as bar:
+    with tqdm(
+        total=recipe.steps * batch,
+        initial=first * batch,
+        disable=not (progress and first_process),
+        mininterval=0.5,
+        unit="steps" if batch == 1 else "samples",
+    ) as bar:
         for step in range(first, last):
             run.advance(step, loss)
-            bar.update()
+            bar.update(batch)
             if step % 100 == 99:
                 bar.set_postfix(loss=f"{sum(run.losses[-100:]) / 100:.4f}", refresh=False)
-            if path is not None and ((step + 1) % every == 0 or step + 1 == last):
-                run.save(path)
+            if first_process and ((step + 1) % every == 0 or step + 1 == last):
+                if path is not None:
+                    run.save(path)
+                if watch is not None:
+                    watch(Fitted(average.eval(), run.losses))
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
     return Fitted(average.eval(), run.losses)
 
 
@@ -103,8 +135,11 @@ class _Run:
     generator: torch.Generator
     recipe: Recipe
     losses: list[float]
+    accelerator: "Accelerator | None"
 
     def __post_init__(self) -> None:
+        # The same weights; with several processes their gradients become the mean over all.
+        self._shared = self.net if self.accelerator is None else self.accelerator.prepare_model(self.net)
         # Each tensor of the average beside the net's own; both share storage with their modules.
         self._pairs = list(
             zip(self.average.state_dict().values(), self.net.state_dict().values(), strict=True)
@@ -114,9 +149,10 @@ class _Run:
         for group in self.optimiser.param_groups:
             group["lr"] = self.recipe.lr_at(step)
         self.optimiser.zero_grad(set_to_none=True)
-        value = loss(self.net, self.generator).mean()
+        value = loss(self._shared, self.generator).mean()
         torch.autograd.backward(value)
-        number = float(value.detach())
+        mean = value.detach() if self.accelerator is None else self.accelerator.reduce(value.detach(), "mean")
+        number = float(mean)
         if not math.isfinite(number):
             raise ValueError(f"the loss must be finite; got {number} at step {step}")
         self.optimiser.step()
@@ -159,8 +195,8 @@ class _Run:
         self.optimiser.load_state_dict(
             {
                 "state": {
-                    i: {k: state[f"adam.{i}.{k}"] for k in moments}
-                    for i, _ in enumerate(self.net.parameters())
+                    i: {k: _laid_out(state[f"adam.{i}.{k}"], parameter) for k in moments}
+                    for i, parameter in enumerate(self.net.parameters())
                     if f"adam.{i}.step" in state  # a frozen parameter has none
                 },
                 "param_groups": self.optimiser.state_dict()["param_groups"],
@@ -168,3 +204,8 @@ class _Run:
         )
         self.generator.set_state(state["generator"])
         self.losses[:] = state["losses"].tolist()
+
+
+def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
+    """A moment in the memory format of its parameter, as the fused optimiser takes it to be."""
+    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value

@@ -1,8 +1,11 @@
 """Safetensors files: atomic writes, checked reads, digests; and those that come with the package."""
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -12,16 +15,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata to path, atomically: the old file or the new one, never half of either."""
+@contextlib.contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A path to write to, which takes the place of `path` at the end: the old file or the new, never half."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, dict(metadata))
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write tensors and metadata to path, atomically."""
+    with replacing(path) as partial:
+        save_file({k: v.detach().contiguous().cpu() for k, v in tensors.items()}, partial, dict(metadata))
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -41,6 +51,17 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         total.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def revision() -> str:
+    """The package's version and, where it runs from a git checkout, the commit."""
+    folder = Path(__file__).parent
+    git = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        commit = ""
+    return f"{version('diffedu')} {commit}".strip()
 
 
 def shipped(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:

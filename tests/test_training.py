@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -162,7 +163,7 @@ def test_a_checkpoint_is_plain_data(tmp_path):
     run(checkpoint=file, stop_after=3)
     content = file.read_bytes()
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-    assert json.loads(header["__metadata__"]["recipe"]) == {"steps": STEPS, "lr": 1e-2, "ema": 0.9}
+    assert json.loads(header["__metadata__"]["recipe"]) == asdict(RECIPE)
     with safe_open(file, framework="pt") as opened:
         assert opened.get_tensor("losses").shape == (3,)
     for module in (training, weights):
