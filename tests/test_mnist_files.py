@@ -6,7 +6,10 @@ import math
 import os
 import shutil
 from fractions import Fraction
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -255,3 +258,32 @@ def test_the_mirrors_are_asked_over_tls_for_files_of_the_published_names(monkeyp
     assert all(
         len(digest) == 2 * hashlib.sha256().digest_size for digest in (*FULL.values(), *SUBSET.values())
     )
+
+
+def test_the_mirrors_fill_the_cache_and_the_cache_serves(folder, test_files, tmp_path, monkeypatch, capsys):
+    packed = {f"{name}.gz": gzip.compress(content) for name, content in test_files.items()}
+    damaged = {name: content[:-9] + bytes(9) for name, content in packed.items()}
+    fill(tmp_path / "site" / "good", packed)
+    fill(tmp_path / "site" / "bad", damaged)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    handler = partial(Quiet, directory=str(tmp_path / "site"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setattr(
+            mnist_files, "MIRRORS", (f"{address}/none/", f"{address}/bad/", f"{address}/good/")
+        )
+        assert same(arrays("test"), subset("test"))
+        server.shutdown()
+        thread.join()
+    assert "only the" not in capsys.readouterr().err  # which has the progress of the download
+    assert {p.name: p.read_bytes() for p in (tmp_path / "cache").iterdir()} == test_files
+    mirrors.forget()
+    assert same(arrays("test", full=True), subset("test"))
+    assert capsys.readouterr() == ("", "")
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
