@@ -1,16 +1,20 @@
 """One to four evaluations: the students beside their teacher and the undistilled sampler."""
 
+import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.report import table
-from benchmarks.training import CHUNK, PAIRS, SAMPLES, SEEDS, draw, excess, seeded
+from benchmarks.report import RESULTS, package_digest, table
+from benchmarks.training import CHUNK, PAIRS, SAMPLES, SEEDS, draw, excess, load, seeded, squared_w2
 from diffedu import weights
 from diffedu.consistency import ConsistencyFunction, multistep
 from diffedu.consistency_students import (
@@ -22,7 +26,6 @@ from diffedu.consistency_students import (
 )
 from diffedu.denoiser import NetDenoiser
 from diffedu.exponential import DDIM
-from diffedu.metrics import sliced_w2
 from diffedu.sampling import prior, sample
 from diffedu.students import MOONS_DISTILLED, SWISS_ROLL_DISTILLED, Distilled
 from diffedu.teachers import MOONS, SWISS_ROLL, Teacher
@@ -44,6 +47,7 @@ GOALS = {
     ("swiss-roll", "consistency-training", 4): 0.024,
 }
 OVER_TEACHER = 1.3
+UNFINISHED = RESULTS / "few_steps.unfinished"
 Draw = Callable[[int, torch.Generator], Tensor]
 
 
@@ -73,74 +77,124 @@ def squares(teacher: Teacher, sampler: Draw, samples: int, pairs: int) -> Tensor
     for seed in range(pairs):
         g = seeded(30_000 + seed)
         data = teacher.draw(samples, g)
-        found.append(sliced_w2(sampler(samples, g), data) ** 2)
+        found.append(squared_w2(sampler(samples, g), data))
     return torch.tensor(found, dtype=torch.float64)
 
 
-def measure(seeds: int = SEEDS, samples: int = SAMPLES, pairs: int = PAIRS) -> dict[str, Any]:
-    """Every student of every seed; prints as it goes."""
+def floor(teacher: Teacher, samples: int, pairs: int) -> Tensor:
+    """SW2^2 of data against data, per pair, other pairs than those of `squares`."""
+    generators = [seeded(31_000 + seed) for seed in range(pairs)]
+    found = [squared_w2(teacher.draw(samples, g), teacher.draw(samples, g)) for g in generators]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+Samplers = dict[int, tuple[Draw, str | None]]  # by evaluations: the sampler and its network's digest
+
+
+def digest(denoiser: NetDenoiser | ConsistencyFunction) -> str:
+    """The digest of a network's tensors."""
+    return weights.digest(denoiser.net.state_dict())
+
+
+def distilled(recipe: Distilled, seed: int) -> Samplers:
+    """The students of 8, 4, 2 and 1 steps, trained from the seed."""
+    students = recipe.train(seed, progress=False)
+    return {
+        n: (stepped(students[n], recipe.grid(n)), digest(students[n])) for n in (8, *reversed(EVALUATIONS))
+    }
+
+
+def consistent(recipe: ConsistencyStudent, seed: int) -> Samplers:
+    """One consistency function, trained from the seed, with 1, 2 and 4 evaluations."""
+    f = recipe.train(seed, progress=False)
+    return {n: (mapped(f, recipe.times(n)), digest(f)) for n in EVALUATIONS}
+
+
+def untrained(teacher: Teacher, recipe: Distilled) -> dict[str, Samplers]:
+    """The shipped teacher in 50 steps, and its DDIM in few."""
+    shipped = teacher.load()
+    few: Samplers = {n: (stepped(shipped, recipe.grid(n)), None) for n in EVALUATIONS}
+    return {"teacher": {50: (partial(draw, shipped), None)}, "ddim": few}
+
+
+def half(recipe: ConsistencyStudent) -> ConsistencyStudent:
+    """The recipe with half of its steps, as chapter 11 trains it in the page."""
+    steps = recipe.recipe.steps // 2
+    division = replace(recipe.division, steps=steps)
+    return replace(recipe, recipe=replace(recipe.recipe, steps=steps), division=division)
+
+
+class Kept:
+    """The rows of an interrupted run in a file: good for this package source and these numbers only."""
+
+    def __init__(self, path: Path, **numbers: int) -> None:
+        self.path, self.made = path, {"package_digest": package_digest(), **numbers}
+        held = json.loads(path.read_text()) if path.exists() else {}
+        self.rows: list[dict[str, Any]] = held["rows"] if held.get("made") == self.made else []
+
+    def of(self, data: str, method: str, seed: int | None) -> list[dict[str, Any]]:
+        """The rows of one training, none where it has not been measured."""
+        return [r for r in self.rows if (r["data"], r["method"], r["seed"]) == (data, method, seed)]
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Keep the rows of one training."""
+        self.rows += rows
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial_file = self.path.with_suffix(".partial")
+        partial_file.write_text(json.dumps({"made": self.made, "rows": self.rows}))
+        os.replace(partial_file, self.path)
+
+
+def measure(
+    seeds: int = SEEDS, samples: int = SAMPLES, pairs: int = PAIRS, kept: Path | None = None
+) -> dict[str, Any]:
+    """Every student of every seed; prints as it goes.
+
+    An interrupted run goes on after the last training whose rows are in `kept`, a file that is removed at
+    the end.
+    """
+    floors = {t.name: floor(t, samples, pairs) for t in (SWISS_ROLL, MOONS)}
+    held = Kept(UNFINISHED if kept is None else kept, samples=samples, pairs=pairs)
     rows: list[dict[str, Any]] = []
-    floors: dict[str, float] = {}
-    for teacher in (SWISS_ROLL, MOONS):
-        floor = torch.tensor(
-            [
-                sliced_w2(teacher.draw(samples, g), teacher.draw(samples, g)) ** 2
-                for g in (seeded(31_000 + seed) for seed in range(pairs))
-            ],
-            dtype=torch.float64,
-        )
-        floors[teacher.name] = math.sqrt(float(floor.mean()))
 
-        def add(
-            method: str,
-            evaluations: int,
-            values: Tensor,
-            trained: tuple[int, float, str] | None = None,
-            name: str = teacher.name,
-            floor: Tensor = floor,
-        ) -> None:
-            found, bound = excess(values, floor)
-            seed, seconds, digest = trained or (None, None, None)
-            rows.append(
-                {
-                    "data": name,
-                    "method": method,
-                    "evaluations": evaluations,
-                    "seed": seed,
-                    "cpu_seconds": seconds,
-                    "excess": found,
-                    "bound_95": bound,
-                    "digest": digest,
-                }
-            )
-            of = "" if seed is None else f", seed {seed}, {seconds:.0f} CPU s"
-            print(f"  {name}, {method}, {evaluations}{of}: {found:.4f} (95 % <= {bound:.4f})", flush=True)
-
-        shipped, distilled = teacher.load(), STUDENTS[teacher.name][0]
-        add("teacher", 50, squares(teacher, partial(draw, shipped), samples, pairs))
-        for n in EVALUATIONS:
-            undistilled = stepped(shipped, distilled.grid(n))
-            add("ddim", n, squares(teacher, undistilled, samples, pairs))
-        for seed in range(seeds):
+    def add(teacher: Teacher, method: str, seed: int | None, make: Callable[[], Samplers]) -> None:
+        if not (found := held.of(teacher.name, method, seed)):
             start = time.process_time()
-            students = distilled.train(seed, progress=False)
-            seconds = round(time.process_time() - start, 1)
-            for n in (8, *reversed(EVALUATIONS)):
-                made = (seed, seconds, weights.digest(students[n].net.state_dict()))
-                steps = stepped(students[n], distilled.grid(n))
-                add(distilled.suffix, n, squares(teacher, steps, samples, pairs), made)
-            for student in STUDENTS[teacher.name][1]:
-                start = time.process_time()
-                f = student.train(seed, progress=False)
-                made = (seed, round(time.process_time() - start, 1), weights.digest(f.net.state_dict()))
-                for n in EVALUATIONS:
-                    values = squares(teacher, mapped(f, student.times(n)), samples, pairs)
-                    add(student.suffix, n, values, made)
+            samplers = make()
+            seconds = None if seed is None else round(time.process_time() - start, 1)
+            loaded = None if seed is None else load()
+            for n, (sampler, made) in samplers.items():
+                value, bound = excess(squares(teacher, sampler, samples, pairs), floors[teacher.name])
+                row = {"data": teacher.name, "method": method, "evaluations": n, "seed": seed}
+                row |= {"cpu_seconds": seconds, "load": loaded, "excess": value, "bound_95": bound}
+                found.append(row | {"digest": made})
+            held.add(found)
+        for r in found:
+            of = "" if seed is None else f", seed {seed}, {r['cpu_seconds']:.0f} CPU s"
+            print(
+                f"  {teacher.name}, {method}, {r['evaluations']}{of}: {r['excess']:.4f} "
+                f"(95 % <= {r['bound_95']:.4f})",
+                flush=True,
+            )
+        rows.extend(found)
+
+    for teacher in (SWISS_ROLL, MOONS):
+        for method, samplers in untrained(teacher, STUDENTS[teacher.name][0]).items():
+            add(teacher, method, None, lambda samplers=samplers: samplers)
+    for seed in range(seeds):
+        for teacher in (SWISS_ROLL, MOONS):
+            progressive, consistency = STUDENTS[teacher.name]
+            add(teacher, progressive.suffix, seed, partial(distilled, progressive, seed))
+            for student in consistency:
+                add(teacher, student.suffix, seed, partial(consistent, student, seed))
+            if teacher is SWISS_ROLL:
+                add(teacher, "consistency-half", seed, partial(consistent, half(consistency[0]), seed))
+    held.path.unlink(missing_ok=True)
     return {
         "problem": f"excess sliced W2 over the floor, {samples} samples a side, {pairs} pairs",
-        "floors": floors,
+        "floors": {name: math.sqrt(float(values.mean())) for name, values in floors.items()},
         "means": means(rows),
-        "rows": rows,
+        "rows": sorted(rows, key=lambda r: r["data"] != SWISS_ROLL.name),
     }
 
 

@@ -18,6 +18,7 @@ from diffedu.consistency_students import (
     SWISS_ROLL_CONSISTENCY_TRAINED,
     Tracked,
 )
+from diffedu.denoiser import Prediction
 from diffedu.exponential import DDIM
 from diffedu.metrics import sliced_w2
 from diffedu.refinement import Narrowing, Refinement, levels
@@ -153,6 +154,50 @@ def test_each_generation_starts_from_the_one_before_and_learns_its_two_steps():
     assert [n for n, _ in seen] == [2, 1]
     assert seen[0][1] == weights.shipped("swiss-roll")[1]["digest"]
     assert seen[1][1] == weights.digest(students[2].net.state_dict())
+
+
+@each_distilled
+@pytest.mark.parametrize("n", [1, 2, 8])
+def test_steps_are_drawn_half_evenly_and_half_by_what_an_error_in_v_moves(student, n):
+    ts = student.grid(n)
+    z = torch.randn(1, 2, dtype=torch.float64, generator=seeded())
+
+    def landed(t, s, error):
+        def wrong(x, t):
+            a, b = student.teacher.schedule.alpha(t), student.teacher.schedule.sigma(t)
+            return Prediction(x, a, b, "v", torch.full_like(x, error))
+
+        wrong.schedule = student.teacher.schedule
+        return sample(wrong, DDIM(), z, [t, s])
+
+    moved = torch.stack(
+        [
+            (landed(t, s, 1.0) - landed(t, s, 0.0))[0, 0].abs().asin()
+            for t, s in zip(ts.tolist(), ts.tolist()[1:], strict=False)
+        ]
+    )
+    shares = student.shares(n)
+    torch.testing.assert_close(shares, 0.5 / n + 0.5 * moved / moved.sum(), rtol=1e-5, atol=1e-8)
+    assert float(shares.sum()) == pytest.approx(1)
+
+
+def test_training_draws_steps_by_their_shares():
+    asked = []
+
+    class Counting:
+        schedule = SMALL.schedule
+
+        def __call__(self, x, t):
+            asked.append(t)
+            return Prediction(x, schedule.alpha(t)[:, None], schedule.sigma(t)[:, None], "v", 0 * x)
+
+    schedule, n = SMALL.schedule, 4
+    wide = replace(DISTILLED, batch=20_000)
+    wide.loss(Counting(), n, SMALL.data(0))(SMALL.untrained(0), seeded())
+    counts = torch.stack([(asked[0] == t.float()).sum() for t in wide.grid(n)[:-1]]).double()
+    assert counts.sum() == 20_000
+    expected = 20_000 * wide.shares(n)
+    assert within(counts, expected, expected.sqrt())
 
 
 def test_time_is_divided_more_finely_as_training_goes_on():
@@ -291,7 +336,8 @@ def test_the_shipped_students_are_those_of_the_recipe(student):
 def test_the_shipped_functions_are_those_of_the_recipe(student):
     shipped = weights.shipped(student.teacher.name)[1]["digest"]
     recipe = check_file(student.name, student, shipped if student.taught else "none")
-    assert Recipe(recipe["steps"], recipe["lr"], recipe["ema"]) == student.recipe
+    known = {k: recipe[k] for k in asdict(student.recipe) if k in recipe}
+    assert Recipe(**known) == student.recipe
     assert recipe["division"] == asdict(student.division)
     assert recipe["batch"] == student.batch
     if student.taught:
