@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from diffedu.networks import LAM_LIMIT, MLP, FourierEmbedding
+from diffedu.networks import LAM_LIMIT, MLP, FourierEmbedding, ResidualBlock, UNet
 from diffedu.schedules import VE, VP
 
 
@@ -65,3 +65,61 @@ def test_the_seed_decides_the_weights():
     first, same, other = ([p.detach() for p in net.parameters()] for net in nets)
     assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def unet(**sizes):
+    """A small U-Net whose blocks all do something."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = UNet(widths=(8, 16), condition=8, **sizes)
+        for module in net.modules():
+            if isinstance(module, ResidualBlock):
+                torch.nn.init.normal_(module.conv2.weight, std=0.1)
+    return net
+
+
+def test_a_unet_keeps_the_shape_of_its_images():
+    for size, channels in (((28, 28), 1), ((8, 12), 3)):
+        x = torch.randn(2, channels, *size)
+        assert unet(channels=channels)(x, torch.zeros(2)).shape == x.shape
+
+
+def test_without_labels_the_class_is_unknown():
+    net, x, lam = unet(classes=4), torch.randn(3, 1, 8, 8), torch.zeros(3)
+    unknown = net(x, lam)
+    torch.testing.assert_close(net(x, lam, torch.full((3,), 4)), unknown)
+    for label in range(4):
+        assert float((net(x, lam, torch.full((3,), label)) - unknown).detach().abs().max()) > 1e-3
+
+
+def test_a_unet_treats_each_image_by_itself():
+    net, x, lam = unet(), torch.randn(4, 1, 28, 28), torch.linspace(-3, 3, 4)
+    labels = torch.tensor([1, 2, 3, 10])
+    whole = net(x, lam, labels)
+    for i in range(4):
+        torch.testing.assert_close(net(x[i : i + 1], lam[i : i + 1], labels[i : i + 1]), whole[i : i + 1])
+
+
+def test_a_change_of_the_noise_level_or_of_any_pixel_changes_the_output():
+    net, x = unet(), torch.randn(1, 1, 12, 12, requires_grad=True)
+    lam = torch.zeros(1, requires_grad=True)
+    output = net(x, lam)
+    slopes = torch.autograd.grad(output.square().sum(), [x, lam])
+    assert float(slopes[0].abs().min()) > 0
+    assert float(slopes[1].abs()) > 1e-4
+
+
+def test_a_residual_block_starts_as_the_identity():
+    with torch.random.fork_rng():
+        block = ResidualBlock(8, 4)
+    torch.nn.init.zeros_(block.conv2.bias)
+    x = torch.randn(2, 8, 5, 5)
+    assert torch.equal(block(x, torch.randn(2, 4)), x)
+
+
+def test_the_network_of_the_digits_has_about_two_million_weights():
+    count = sum(p.numel() for p in UNet().parameters())
+    # the convolutions: stem, 4 at 64, down, 10 at 128, up, head; the rest is little
+    convolutions = 4 * 64 + 4 * 9 * 64**2 + 9 * 64 * 128 + 10 * 9 * 128**2 + 128 * 64 + 9 * 64 * 4
+    assert 1.9e6 < count < 2.0e6
+    assert convolutions < count < 1.15 * convolutions
