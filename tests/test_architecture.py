@@ -41,6 +41,8 @@ ORDER = [
     "students",
     "refinement",
     "consistency_students",
+    "classifier",
+    "digit_metrics",
     "train",
 ]
 # These take arrays and know nothing of diffusion.
