@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import few_steps, report, sde, solvers, training
+from benchmarks import digits, few_steps, report, sde, solvers, training
 
 BENCHMARKS = {
     "sde": (sde, "stochastic samplers: distance to the data against evaluations"),
     "solvers": (solvers, "solvers of the ODE: error against evaluations, order, overhead"),
     "few_steps": (few_steps, "one to four evaluations: students beside their teacher"),
     "training": (training, "the toy teachers: excess against CPU seconds of training"),
+    "digits": (digits, "MNIST: Fréchet distance and class accuracy of samples, training speed"),
 }
 
 
@@ -52,6 +53,7 @@ def main() -> None:
         print(module.show(results))
         command = " ".join(["python -m benchmarks", name, *(f"--{k} {n}" for k, n in known.items())])
         report.write(options.out / f"{name}.json", command, results)
+        getattr(module, "finish", lambda: None)()
 
 
 if __name__ == "__main__":
