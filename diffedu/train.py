@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from diffedu.checks import require_count
+from diffedu.classifier import CLASSIFIER
 from diffedu.consistency_students import (
     MOONS_CONSISTENCY,
     MOONS_CONSISTENCY_TRAINED,
@@ -21,7 +23,7 @@ from diffedu.consistency_students import (
 from diffedu.digits import MNIST, DigitModel
 from diffedu.students import MOONS_DISTILLED, SWISS_ROLL_DISTILLED
 from diffedu.teachers import MOONS, SWISS_ROLL
-from diffedu.weights import read, replacing
+from diffedu.weights import read
 
 
 class Network(Protocol):
@@ -54,6 +56,7 @@ def networks() -> list[Network]:
         SWISS_ROLL_CONSISTENCY_TRAINED,
         MOONS_CONSISTENCY_TRAINED,
         MNIST,
+        CLASSIFIER,
     ]
 
 
@@ -99,6 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def add_digit_options(command: argparse.ArgumentParser, model: DigitModel) -> None:
     """The options of a network of digits."""
     recipe = model.recipe
+    command.description = (
+        f"Trains {model.summary}, by default. It predicts v on the cosine noise schedule; the learning rate "
+        "rises at the start, then falls as a cosine; the average of the weights is what is written. After an "
+        "interruption the same command with the same --checkpoint goes on where it stood."
+    )
     command.add_argument(
         "--images",
         type=int,
@@ -146,7 +154,8 @@ def train(
     """
     if out.suffix != ".safetensors":
         raise ValueError(f"--out must end in .safetensors; got {out}")
-    require_writable(out)
+    for file in filter(None, (out, checkpoint, options.get("log"))):
+        require_writable(file.parent)
     place = pick_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         options["accelerator"] = accelerator = processes(network, place)
@@ -168,16 +177,20 @@ def processes(network: Network, device: torch.device) -> Any:
         raise ValueError(
             f"{network.name} is trained by one process; got WORLD_SIZE={os.environ['WORLD_SIZE']}"
         )
-    from accelerate import Accelerator
-
+    try:
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise ValueError(
+            "several processes need Hugging Face accelerate: pip install 'diffedu[several]'"
+        ) from error
     return Accelerator(cpu=device.type == "cpu")
 
 
-def require_writable(out: Path) -> None:
-    """Find out before the training whether the file can be written; raises OSError where it cannot."""
-    with replacing(out.with_name(f"{out.name}.{os.getpid()}.try")) as partial:
-        partial.touch()
-    out.with_name(f"{out.name}.{os.getpid()}.try").unlink()
+def require_writable(folder: Path) -> None:
+    """Make the folder, and find out before the training whether it can be written to: OSError where not."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def pick_device(name: str | None) -> torch.device:

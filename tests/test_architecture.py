@@ -41,6 +41,8 @@ ORDER = [
     "students",
     "refinement",
     "consistency_students",
+    "runlog",
+    "digits",
     "classifier",
     "digit_metrics",
     "train",
@@ -95,6 +97,16 @@ def test_a_module_does_one_job_in_bearable_length(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
 def test_everything_public_has_a_docstring(path: Path) -> None:
     assert not undocumented(ast.parse(path.read_text()), path.stem)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.stem)
+def test_nothing_is_pickled(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    assert not imported & {"pickle", "joblib", "shelve", "dill"}
+    called = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+    assert not called & {"torch.load", "torch.save", "np.load", "np.save"}
 
 
 def test_an_import_is_seen_in_each_of_its_forms() -> None:

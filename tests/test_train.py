@@ -1,5 +1,6 @@
 """The command, run as a user runs it."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,11 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from diffedu import train, weights
+from diffedu.digits import MNIST
+from diffedu.networks import MLP
 from diffedu.refinement import Refinement
 from diffedu.teachers import MOONS, SWISS_ROLL
-from diffedu.training import Recipe
+from diffedu.training import Recipe, fit
 
 
 @pytest.fixture
@@ -32,6 +36,8 @@ def short(monkeypatch):
             student = getattr(train, f"{name}_{kind}")
             few = replace(student, teacher=small, recipe=recipe, division=Refinement(20, 2, 4))
             monkeypatch.setattr(train, f"{name}_{kind}", few)
+    digits = replace(MNIST, batch=4, recipe=Recipe(steps=4, lr=1e-3, ema=0.9, beta2=0.99, warmup=1))
+    monkeypatch.setattr(train, "MNIST", digits)
 
 
 STUDENTS = [
@@ -107,10 +113,144 @@ def test_a_device_asked_for_by_name_and_absent_is_an_error(short, tmp_path, caps
     assert train.pick_device(None) == torch.device("cpu")
 
 
+def digits(tmp_path, *options):
+    """The command on the shipped subset; the file that it writes."""
+    out = tmp_path / "net.safetensors"
+    assert train.main(["mnist", "--subset", "--device", "cpu", "--out", str(out), *options]) == 0
+    return weights.read(out)
+
+
+def test_the_digits_command_takes_its_budget_in_images_and_keeps_a_log(short, tmp_path):
+    log = tmp_path / "logs" / "run.jsonl"
+    options = ["--images", "10", "--lr", "2e-3", "--ema", "0.5", "--every", "2", "--log", str(log)]
+    tensors, made = digits(tmp_path, *options)
+    assert made["digest"] == weights.digest(tensors)
+    assert (
+        made["command"] == "python -m diffedu.train mnist --seed 0 --images 12 --batch 4 --lr 0.002 --ema 0.5"
+    )
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [(line["step"], line["samples"]) for line in lines] == [(2, 8), (3, 12)]
+    for line in lines:
+        with Image.open(log.with_name(line["picture"])) as picture:
+            assert picture.size == (8 * 28, 7 * 28)  # fifty digits
+
+
+def test_a_killed_digits_command_ends_where_an_unbroken_one_ends(short, tmp_path):
+    whole = digits(tmp_path)
+    state = tmp_path / "state.safetensors"
+    script = (
+        "import os, sys; from dataclasses import replace; from diffedu import train, training;"
+        "save = training._Run.save;"
+        "training._Run.save = lambda run, path: (save(run, path), os.kill(os.getpid(), 9));"
+        "recipe = training.Recipe(steps=4, lr=1e-3, ema=0.9, beta2=0.99, warmup=1);"
+        "train.MNIST = replace(train.MNIST, batch=4, recipe=recipe); train.main(sys.argv[1:])"
+    )
+    command = ["mnist", "--subset", "--device", "cpu", "--checkpoint", str(state), "--every", "2"]
+    killed = subprocess.run([sys.executable, "-c", script, *command], cwd=tmp_path, check=False)
+    assert killed.returncode == -9
+    assert len(weights.read(state)[0]["losses"]) == 2
+    resumed = digits(tmp_path, "--checkpoint", str(state))
+    assert resumed[1]["digest"] == whole[1]["digest"]
+
+
+def test_two_processes_make_the_network_that_one_makes(tmp_path):
+    """Same global batches, same gradients: what accelerate launches, and one process, write one network."""
+    options = ["mnist", "--subset", "--device", "cpu", "--images", "24", "--batch", "8", "--ema", "0"]
+    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    state = tmp_path / "two-state.safetensors"
+    for name, way in (("two", [*launch, "-m"]), ("one", ["-m"])):
+        place = ["--out", f"{name}.safetensors", "--checkpoint", f"{name}-state.safetensors"]
+        done = subprocess.run(
+            [sys.executable, *way, "diffedu.train", *options, *place],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("digest") == 1  # the first process alone speaks
+    two, one = (weights.read(tmp_path / f"{name}-state.safetensors")[0] for name in ("two", "one"))
+    assert state.exists()
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=0)
+    assert torch.equal(two["generator"], one["generator"])
+    start = MNIST.untrained(0).state_dict()
+    for name, value in start.items():
+        moved = (one[f"net.{name}"] - value).norm()
+        # Adam's first steps are the gradient's sign: rounding alone turns some that are almost 0
+        assert float((two[f"net.{name}"] - one[f"net.{name}"]).norm()) <= 0.02 * float(moved), name
+
+
+def test_one_network_of_the_toys_is_trained_by_one_process(short, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.main(["moons", "--out", str(tmp_path / "net.safetensors"), "--device", "cpu"]) == 1
+    assert "moons is trained by one process; got WORLD_SIZE=2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--images", "0"], "images must be an int of at least 1; got 0"),
+        (["--batch", "0"], "--batch must be an int of at least 1; got 0"),
+        (["--lr", "0"], "lr must be positive; got 0.0"),
+        (["--ema", "1"], r"ema must lie in \[0, 1\); got 1.0"),
+        (["--every", "0"], "every must be an int of at least 1; got 0"),
+        (["--checkpoint", "file/state"], "file"),
+        (["--log", "file/log"], "file"),
+        (["--out", "file/net.safetensors"], "file"),
+        (["--out", "/proc/nowhere/net.safetensors"], "nowhere"),
+        (["--checkpoint", "toy"], r"toy .*holds a network of .*layers.*this one has"),
+    ],
+)
+def test_bad_options_of_the_digits_command_are_refused(
+    options, message, short, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("a file where a folder is needed")
+    if "toy" in options:  # a checkpoint of a network of another shape, by the same recipe
+        fit(
+            MLP(),
+            lambda net, generator: net(torch.ones(1, 2), torch.ones(1)).square().sum(1),
+            train.MNIST.recipe,
+            torch.Generator(),
+            checkpoint="toy",
+            progress=False,
+        )
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert train.main(["mnist", "--subset", "--device", "cpu", *options]) == 1
+    error = capsys.readouterr().err
+    assert re.search(message, error.splitlines()[-1])
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_folder_asked_for_must_hold_mnist(short, tmp_path, capsys):
+    assert train.main(["mnist", "--root", str(tmp_path), "--out", str(tmp_path / "net.safetensors")]) == 1
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_help_for_the_digits_says_what_a_newcomer_asks():
+    done = subprocess.run(
+        [sys.executable, "-m", "diffedu.train", "mnist", "--help"], capture_output=True, text=True, check=True
+    )
+    for option in (
+        "--images",
+        "--batch",
+        "--checkpoint",
+        "--device",
+        "--seed",
+        "--log",
+        "--root",
+        "--subset",
+    ):
+        assert option in done.stdout
+    assert "goes on where it stood" in " ".join(done.stdout.split())
+
+
 def test_help_names_every_network():
     done = subprocess.run(
         [sys.executable, "-m", "diffedu.train", "--help"], capture_output=True, text=True, check=True
     )
     names = [network.name for network in train.networks()]
-    assert len(names) == 8
+    assert len(names) == 10
     assert all(name in done.stdout for name in names)

@@ -48,7 +48,7 @@ def digest(files: Iterable[Path]) -> str:
 def outside_the_cells() -> list[Path]:
     """What a notebook's outputs depend on besides its own cells."""
     data = (f for kind in ("csv", "json", "npz") for f in (ROOT / "book").glob(f"*.{kind}"))
-    kinds = ("py", "js", "css", "safetensors")
+    kinds = ("py", "js", "css", "safetensors", "xz")
     package = (f for kind in kinds for f in (ROOT / "diffedu").rglob(f"*.{kind}"))
     measured = (ROOT / "benchmarks" / "results").glob("*.json")
     return [*package, *measured, ROOT / "requirements.txt", *data]
