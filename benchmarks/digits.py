@@ -71,7 +71,7 @@ def draw(row: Row, net: nn.Module, known: Tensor, seed: int) -> tuple[Tensor, Te
     labels = known[torch.randint(len(known), (BLOCK,), generator=generator)]
     start = prior(MNIST.schedule, (BLOCK, 1, SIDE, SIDE), generator)
     ts, found = MNIST.schedule.grid(EVALUATIONS), []
-    for x, y in zip(start.split(CHUNK), labels.split(CHUNK), strict=True):
+    for x, y in zip(torch.split(start, CHUNK), torch.split(labels, CHUNK), strict=True):
         with torch.no_grad():
             found.append(sample(denoiser(row, net, y), DPMSolverPP2M(), x, ts))
     return torch.cat(found).clamp(-1, 1), labels
@@ -110,7 +110,7 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
 def floor(train: Tensor, test: Moments, n: int) -> dict[str, Any]:
     """The distance of n training images from the test images: disjoint draws, ten at most."""
     draws = min(FLOOR_DRAWS, len(train) // n)
-    parts = torch.randperm(len(train), generator=seeded(n))[: draws * n].split(n)
+    parts = torch.split(torch.randperm(len(train), generator=seeded(n))[: draws * n], n)
     value, deviation = mean_and_deviation([frechet_distance(moments(train[rows]), test) for rows in parts])
     goal = GOAL_FLOORS.get(n)
     return {"n": n, "draws": draws, "fd": value, "deviation": deviation, "in_the_goals_features": goal}
@@ -155,14 +155,14 @@ def convolution_rate(repeats: int = 5) -> float:
 
     128 channels, 7 x 7, a batch of training, float32; the best of so many tries.
     """
-    layer = nn.Conv2d(128, 128, 3, padding=1).to(memory_format=torch.channels_last)
+    layer = nn.Conv2d(128, 128, 3, padding=1).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = torch.randn(MNIST.batch, 128, 7, 7, generator=seeded(0)).to(memory_format=torch.channels_last)
     x.requires_grad_()
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         for _ in range(4):
-            layer(x).sum().backward()
+            torch.autograd.backward(layer(x).sum())
         seconds.append((time.perf_counter() - start) / 4)
     return 3 * 2 * 128 * 128 * 9 * 7 * 7 * MNIST.batch / min(seconds)
 
@@ -173,7 +173,7 @@ def speed(images: Tensor, labels: Tensor, threads: int, steps: int = 25) -> dict
     try:
         net, loss, generator = MNIST.untrained(0), MNIST.loss(images, labels), seeded(0)
         with FlopCounterMode(display=False) as counter:
-            loss(net, generator).mean().backward()
+            torch.autograd.backward(loss(net, generator).mean())
         each = counter.get_total_flops() / MNIST.batch
         rate, wall, cpu = convolution_rate(), time.perf_counter(), time.process_time()
         fit(net, loss, replace(MNIST.recipe, steps=steps, warmup=0), generator, progress=False)

@@ -43,10 +43,10 @@ def to_floats(images: Tensor) -> Tensor:
 def half_precision(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """Networks in bfloat16 where the processor multiplies it, else as they are."""
     if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported(including_emulation=False)
+        able = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)() if device.type == "cpu" else {}
-        able = known.get("amx_bf16", False) or known.get("avx512_bf16", False)
+        known = getattr(torch.cpu, "get_capabilities", dict[str, bool])()
+        able = device.type == "cpu" and (known.get("amx_bf16", False) or known.get("avx512_bf16", False))
     return torch.autocast(device.type, torch.bfloat16) if able else contextlib.nullcontext()
 
 

@@ -118,9 +118,8 @@ class UNet(nn.Module):
         self.fine_out = stack(n_fine, fine)
         self.norm = nn.GroupNorm(GROUPS, fine)
         self.head = nn.Conv2d(fine, 4 * channels, 3, padding=1)
-        for parameter in self.parameters():
-            if parameter.ndim == 4:  # a quarter faster on a CPU
-                parameter.data = parameter.data.to(memory_format=torch.channels_last)
+        # a quarter faster on a CPU
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, lam: Tensor, labels: Tensor | None = None) -> Tensor:
         """The output at x (B, C, H, W), lam (B,) and labels (B,): (B, C, H, W), in the dtype of x."""
