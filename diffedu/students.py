@@ -167,7 +167,7 @@ def _generations(steps: dict[int, tuple[int, float]]) -> tuple[tuple[int, Recipe
     return tuple((n, Recipe(count, lr=lr, ema=0.98 if n > 16 else 0.995)) for n, (count, lr) in steps.items())
 
 
-# Fine steps have little to learn, at small rates; the last two change what the network says at t = 1 entirely.
+# Fine steps have little to learn, at small rates; the last two change all that the network says at t = 1.
 _STEPS = {
     512: (60, 1e-3),
     256: (80, 1e-3),
