@@ -28,7 +28,7 @@ from diffedu.training import fit
 SAMPLES, EVALUATIONS = 10_000, 10
 BLOCK = 1000  # samples of one seed
 CHUNK = 250  # of which so many pass through the network at a time: as much as the cache holds
-FEW_BLOCKS, FLOOR_DRAWS = 3, 10  # blocks of the rows that are not asked for at n = 10,000
+FEW_BLOCKS, FLOOR_DRAWS = 2, 10  # blocks of the rows that are not asked for at n = 10,000
 TEST_ACCURACY_GOAL = 0.995
 # Design goals. Their distances were measured in the features of another classifier, with these floors:
 # so what compares is the distance over the floor at the same n.
