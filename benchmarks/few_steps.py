@@ -104,10 +104,10 @@ def distilled(recipe: Distilled, seed: int) -> Samplers:
     }
 
 
-def consistent(recipe: ConsistencyStudent, seed: int) -> Samplers:
-    """One consistency function, trained from the seed, with 1, 2 and 4 evaluations."""
+def consistent(recipe: ConsistencyStudent, seed: int, evaluations: Sequence[int] = EVALUATIONS) -> Samplers:
+    """One consistency function, trained from the seed, with so many evaluations."""
     f = recipe.train(seed, progress=False)
-    return {n: (mapped(f, recipe.times(n)), digest(f)) for n in EVALUATIONS}
+    return {n: (mapped(f, recipe.times(n)), digest(f)) for n in evaluations}
 
 
 def untrained(teacher: Teacher, recipe: Distilled) -> dict[str, Samplers]:
@@ -188,7 +188,8 @@ def measure(
             for student in consistency:
                 add(teacher, student.suffix, seed, partial(consistent, student, seed))
             if teacher is SWISS_ROLL:
-                add(teacher, "consistency-half", seed, partial(consistent, half(consistency[0]), seed))
+                recipe = half(consistency[0])
+                add(teacher, "consistency-half", seed, partial(consistent, recipe, seed, (1,)))
     held.path.unlink(missing_ok=True)
     return {
         "problem": f"excess sliced W2 over the floor, {samples} samples a side, {pairs} pairs",
