@@ -96,7 +96,7 @@ class ClassifierTraining:
     def untrained(self, seed: int) -> Classifier:
         """The network before training; torch's global generator is left as it was."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             return Classifier()
 
     def moved(self, x: Tensor, generator: torch.Generator) -> Tensor:

@@ -86,7 +86,7 @@ class DigitModel:
     def untrained(self, seed: int) -> UNet:
         """The network before training; torch's global generator is left as it was."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed every GPU as well
             return UNet(classes=CLASSES)
 
     def denoiser(self, net: nn.Module, labels: Tensor | None = None) -> NetDenoiser:
@@ -140,6 +140,8 @@ class DigitModel:
         images, labels = mnist_files.subset("train") if subset else mnist("train", root, full=True)
         images, labels = images.to(device), labels.long().to(device)
         part = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        data_digest = weights.digest({"images": images, "labels": labels})
+        made = {name: str(value) for name, value in vars(self).items() if name != "recipe"}
         fitted = fit(
             self.untrained(seed).to(device),
             self.loss(images, labels, part),
@@ -149,10 +151,11 @@ class DigitModel:
             every=every,
             progress=progress,
             batch=self.batch,
+            made=made | {"seed": str(seed), "data_digest": data_digest},
             watch=None if log is None else RunLog(log, self.batch, self.recipe.lr_at, self.examples),
             accelerator=accelerator,
         )
-        return Trained(fitted.net, weights.digest({"images": images, "labels": labels}))
+        return Trained(fitted.net, data_digest, subset)
 
     def examples(self, net: nn.Module) -> Tensor:
         """Five digits of each class in 10 steps, (50, 1, 28, 28), the same noise each time."""
@@ -170,7 +173,8 @@ class DigitModel:
         recipe = asdict(self.recipe) | {"batch": self.batch, "unknown": self.unknown}
         metadata = {
             "command": f"python -m diffedu.train {self.name} --seed {seed} --images {self.images} "
-            f"--batch {self.batch} --lr {self.recipe.lr} --ema {self.recipe.ema}",
+            f"--batch {self.batch} --lr {self.recipe.lr} --ema {self.recipe.ema}"
+            + (" --subset" if trained.subset else ""),
             "recipe": json.dumps(recipe),
             "schedule": repr(self.schedule),
             "seed": str(seed),
@@ -191,10 +195,11 @@ class DigitModel:
 
 @dataclass(frozen=True)
 class Trained:
-    """A trained network and the digest of the data that trained it."""
+    """A trained network, the digest of the data that trained it, and whether they are the shipped subset."""
 
     net: nn.Module
     data_digest: str
+    subset: bool = False
 
 
 MNIST = DigitModel("mnist", Recipe(steps=6500, lr=1.5e-3, ema=0.999, beta2=0.99, warmup=200))

@@ -59,8 +59,9 @@ class MLP(nn.Module):
 class ResidualBlock(nn.Module):
     """Two 3 x 3 convolutions beside the identity; the condition scales and shifts between them.
 
-    x (B, C, H, W), condition (B, `condition`) -> (B, C, H, W). The last convolution starts at 0, so that the
-    block starts as the identity. Source: He et al. 2016; the scale and shift, Dhariwal & Nichol 2021.
+    x (B, C, H, W), condition (B, `condition`) -> (B, C, H, W). The last convolution's weights start at 0: the
+    block starts as the identity plus a constant for each channel.
+    Source: He et al. 2016; the scale and shift, Dhariwal & Nichol 2021.
     """
 
     def __init__(self, channels: int, condition: int) -> None:
@@ -81,13 +82,13 @@ class ResidualBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """A U-Net on images with an even number of pixels a side, told the noise level and, if known, the class.
+    """A U-Net on images whose sides are multiples of 4 pixels, told the noise level and, if known, the class.
 
     x (B, `channels`, H, W), lam (B,), labels (B,) in 0 ... `classes` -> (B, `channels`, H, W). The label
     `classes`, and no labels at all, stand for an unknown class. A stem of 2 x 2 patches, `blocks[0]` residual
     blocks of `widths[0]` channels at half of the resolution, then `blocks[1]` of `widths[1]` at a quarter,
     `middle` more, and the same back up, where each level's outputs are added again.
-    Source: Ronneberger et al. 2015; for diffusion, Ho et al. 2020.
+    Raises ValueError for other sides. Source: Ronneberger et al. 2015; for diffusion, Ho et al. 2020.
     """
 
     def __init__(
@@ -123,6 +124,8 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor, lam: Tensor, labels: Tensor | None = None) -> Tensor:
         """The output at x (B, C, H, W), lam (B,) and labels (B,): (B, C, H, W), in the dtype of x."""
+        if x.ndim != 4 or x.shape[2] % 4 or x.shape[3] % 4:
+            raise ValueError(f"x must be of shape (B, C, H, W), H and W multiples of 4; got {tuple(x.shape)}")
         known = self.label.weight[-1] if labels is None else self.label(labels)
         condition = nn.functional.silu(self.level(self.embed(lam)) + known)
         h, kept = self.stem(x), []

@@ -54,7 +54,7 @@ class RunLog:
         since = lines[-1]["step"] if lines else 0
         rate = None
         if self.last is not None:
-            rate = round((step - self.last[0]) * self.batch / (time.monotonic() - self.last[1]), 1)
+            rate = round((step - self.last[0]) * self.batch / (time.perf_counter() - self.last[1]), 1)
         picture = self.path.with_name(f"{self.path.stem}-{step:06d}.png")
         with torch.no_grad():
             save_grid(picture, self.draw(stage.net))
@@ -69,7 +69,7 @@ class RunLog:
         }
         with weights.replacing(self.path) as partial:
             partial.write_text("".join(json.dumps(one) + "\n" for one in [*lines, line]), encoding="utf-8")
-        self.last = (step, time.monotonic())
+        self.last = (step, time.perf_counter())
 
     def lines(self) -> list[dict[str, Any]]:
         """What the file holds. Raises ValueError for a file that is not such a log."""

@@ -180,10 +180,8 @@ def processes(network: Network, device: torch.device) -> Any:
     try:
         from accelerate import Accelerator
     except ImportError as error:
-        raise ValueError(
-            "several processes need Hugging Face accelerate: pip install 'diffedu[several]'"
-        ) from error
-    return Accelerator(cpu=device.type == "cpu")
+        raise ValueError("several processes need Hugging Face accelerate: pip install accelerate") from error
+    return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
 
 
 def require_writable(folder: Path) -> None:

@@ -3,7 +3,7 @@
 import copy
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,6 +75,7 @@ def fit(
     stop_after: int | None = None,
     progress: bool = True,
     batch: int = 1,
+    made: Mapping[str, str] | None = None,
     watch: Callable[[Fitted], None] | None = None,
     accelerator: "Accelerator | None" = None,
 ) -> Fitted:
@@ -82,13 +83,14 @@ def fit(
 
     All randomness must come from the generator. With a checkpoint (a safetensors file, written every `every`
     steps and at the end, replaced atomically) an interrupted run goes on where the file stands and ends bit
-    for bit where an uninterrupted one ends. `stop_after` ends this call after so many steps. The progress bar
-    counts `batch` samples a step; `watch` sees what there is whenever the checkpoint is due.
+    for bit where an uninterrupted one ends. `made`, kept in the checkpoint, names what else the run depends
+    on, such as its data. `stop_after` ends this call after so many steps. The progress bar counts `batch`
+    samples a step; `watch` sees what there is whenever the checkpoint is due.
     With an accelerator of several processes, each of which must draw the same generator's whole batch and
     return the losses of its own equal part, all take the steps that one process would take; the first one
     writes, shows and watches.
-    Raises ValueError for a checkpoint of another recipe or network, and for a loss that is not finite.
-    Equations: eq-algorithm-1
+    Raises ValueError for a checkpoint of another recipe, `made`, network or kind of device, for one that not
+    every process sees, and for a loss that is not finite. Equations: eq-algorithm-1
     """
     if stop_after is not None:
         require_count("stop_after", stop_after)
@@ -97,10 +99,11 @@ def fit(
     first_process = accelerator is None or accelerator.is_main_process
     average = copy.deepcopy(net).requires_grad_(False)
     optimiser = torch.optim.Adam(net.parameters(), lr=recipe.lr, betas=(0.9, recipe.beta2), fused=True)
-    run = _Run(net, average, optimiser, generator, recipe, [], accelerator)
+    run = _Run(net, average, optimiser, generator, recipe, dict(made or {}), [], accelerator)
     path = None if checkpoint is None else Path(checkpoint)
     if path is not None and path.exists():
         run.load(path)
+    run.require_equal_starts()
     last = recipe.steps if stop_after is None else min(recipe.steps, len(run.losses) + stop_after)
     first = len(run.losses)
     with tqdm(
@@ -134,6 +137,7 @@ class _Run:
     optimiser: torch.optim.Adam
     generator: torch.Generator
     recipe: Recipe
+    made: dict[str, str]
     losses: list[float]
     accelerator: "Accelerator | None"
 
@@ -164,6 +168,16 @@ class _Run:
             else:
                 mean.copy_(new)
 
+    def require_equal_starts(self) -> None:
+        """Refuse to start where one machine sees the checkpoint and another does not."""
+        if self.accelerator is not None:
+            own = torch.tensor([len(self.losses)], device=self.accelerator.device)
+            steps = self.accelerator.gather(own).tolist()
+            if len(set(steps)) > 1:
+                raise ValueError(
+                    f"every process must see the checkpoint; got runs that stand at steps {steps}"
+                )
+
     def tensors(self) -> dict[str, Tensor]:
         state = {f"net.{k}": v for k, v in self.net.state_dict().items()}
         state |= {f"ema.{k}": v for k, v in self.average.state_dict().items()}
@@ -175,7 +189,9 @@ class _Run:
         return state
 
     def save(self, path: Path) -> None:
-        weights.write(path, self.tensors(), {"recipe": json.dumps(asdict(self.recipe))})
+        weights.write(
+            path, self.tensors(), {"recipe": json.dumps(asdict(self.recipe)), "made": json.dumps(self.made)}
+        )
 
     def load(self, path: Path) -> None:
         state, metadata = weights.read(path)
@@ -185,10 +201,20 @@ class _Run:
                 f"{path} was made with the recipe {recipe}, this run has {asdict(self.recipe)}: "
                 "use that recipe or another file"
             )
+        made = json.loads(metadata.get("made", "null"))
+        if made not in (None, self.made):
+            raise ValueError(
+                f"{path} belongs to a run of {made}, this one is of {self.made}: use another file"
+            )
         shapes = {k: (tuple(v.shape), v.dtype) for k, v in self.net.state_dict().items()}
         found = {k[4:]: (tuple(v.shape), v.dtype) for k, v in state.items() if k.startswith("net.")}
         if found != shapes:
             raise ValueError(f"{path} holds a network of {found}; this one has {shapes}: use another file")
+        if state["generator"].shape != self.generator.get_state().shape:
+            raise ValueError(
+                f"{path} was written on another kind of device than {self.generator.device}: "
+                "go on there or use another file"
+            )
         self.net.load_state_dict({k: state[f"net.{k}"] for k in shapes})
         self.average.load_state_dict({k: state[f"ema.{k}"] for k in shapes})
         moments = ("step", "exp_avg", "exp_avg_sq")
@@ -208,4 +234,5 @@ class _Run:
 
 def _laid_out(value: Tensor, parameter: Tensor) -> Tensor:
     """A moment in the memory format of its parameter, as the fused optimiser takes it to be."""
-    return torch.empty_like(parameter).copy_(value) if value.shape == parameter.shape else value
+    like = parameter if value.shape == parameter.shape else value
+    return torch.empty_like(like).copy_(value)  # not the file's own memory, which Windows would hold on to

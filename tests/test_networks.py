@@ -78,30 +78,31 @@ def unet(**sizes):
     return net
 
 
-def test_a_unet_keeps_the_shape_of_its_images():
+def test_a_unet_keeps_the_shape_of_its_images(generator):
     for size, channels in (((28, 28), 1), ((8, 12), 3)):
-        x = torch.randn(2, channels, *size)
+        x = torch.randn(2, channels, *size, generator=generator)
         assert unet(channels=channels)(x, torch.zeros(2)).shape == x.shape
 
 
-def test_without_labels_the_class_is_unknown():
-    net, x, lam = unet(classes=4), torch.randn(3, 1, 8, 8), torch.zeros(3)
+def test_without_labels_the_class_is_unknown(generator):
+    net, x, lam = unet(classes=4), torch.randn(3, 1, 8, 8, generator=generator), torch.zeros(3)
     unknown = net(x, lam)
-    torch.testing.assert_close(net(x, lam, torch.full((3,), 4)), unknown)
+    torch.testing.assert_close(net(x, lam, torch.full((3,), 4)), unknown, rtol=0, atol=1e-4)
     for label in range(4):
         assert float((net(x, lam, torch.full((3,), label)) - unknown).detach().abs().max()) > 1e-3
 
 
-def test_a_unet_treats_each_image_by_itself():
-    net, x, lam = unet(), torch.randn(4, 1, 28, 28), torch.linspace(-3, 3, 4)
+def test_a_unet_treats_each_image_by_itself(generator):
+    net, x, lam = unet(), torch.randn(4, 1, 28, 28, generator=generator), torch.linspace(-3, 3, 4)
     labels = torch.tensor([1, 2, 3, 10])
     whole = net(x, lam, labels)
     for i in range(4):
-        torch.testing.assert_close(net(x[i : i + 1], lam[i : i + 1], labels[i : i + 1]), whole[i : i + 1])
+        one = net(x[i : i + 1], lam[i : i + 1], labels[i : i + 1])
+        torch.testing.assert_close(one, whole[i : i + 1], rtol=0, atol=1e-4)
 
 
-def test_a_change_of_the_noise_level_or_of_any_pixel_changes_the_output():
-    net, x = unet(), torch.randn(1, 1, 12, 12, requires_grad=True)
+def test_a_change_of_the_noise_level_or_of_any_pixel_changes_the_output(generator):
+    net, x = unet(), torch.randn(1, 1, 12, 12, generator=generator).requires_grad_()
     lam = torch.zeros(1, requires_grad=True)
     output = net(x, lam)
     slopes = torch.autograd.grad(output.square().sum(), [x, lam])
@@ -109,12 +110,18 @@ def test_a_change_of_the_noise_level_or_of_any_pixel_changes_the_output():
     assert float(slopes[1].abs()) > 1e-4
 
 
-def test_a_residual_block_starts_as_the_identity():
+def test_a_residual_block_starts_as_the_identity_plus_a_constant_for_each_channel(generator):
     with torch.random.fork_rng():
         block = ResidualBlock(8, 4)
-    torch.nn.init.zeros_(block.conv2.bias)
-    x = torch.randn(2, 8, 5, 5)
-    assert torch.equal(block(x, torch.randn(2, 4)), x)
+    x, condition = torch.randn(2, 8, 5, 5, generator=generator), torch.randn(2, 4, generator=generator)
+    want = block.conv2.bias[:, None, None].expand(2, 8, 5, 5)
+    torch.testing.assert_close(block(x, condition) - x, want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [(30, 28), (28, 26), (27, 28)])
+def test_sides_that_do_not_halve_twice_are_refused(size):
+    with pytest.raises(ValueError, match=r"H and W multiples of 4; got \(2, 1, "):
+        unet()(torch.zeros(2, 1, *size), torch.zeros(2))
 
 
 def test_the_network_of_the_digits_has_about_two_million_weights():

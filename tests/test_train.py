@@ -125,9 +125,8 @@ def test_the_digits_command_takes_its_budget_in_images_and_keeps_a_log(short, tm
     options = ["--images", "10", "--lr", "2e-3", "--ema", "0.5", "--every", "2", "--log", str(log)]
     tensors, made = digits(tmp_path, *options)
     assert made["digest"] == weights.digest(tensors)
-    assert (
-        made["command"] == "python -m diffedu.train mnist --seed 0 --images 12 --batch 4 --lr 0.002 --ema 0.5"
-    )
+    command = "python -m diffedu.train mnist --seed 0 --images 12 --batch 4 --lr 0.002 --ema 0.5 --subset"
+    assert made["command"] == command
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [(line["step"], line["samples"]) for line in lines] == [(2, 8), (3, 12)]
     for line in lines:
@@ -159,10 +158,16 @@ def test_two_processes_make_the_network_that_one_makes(tmp_path):
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     state = tmp_path / "two-state.safetensors"
-    for name, way in (("two", [*launch, "-m"]), ("one", ["-m"])):
+    script = tmp_path / "single.py"  # without bf16, whose rounding depends on the batch
+    script.write_text(
+        "import contextlib, sys\nfrom diffedu import digits, train\n"
+        "digits.half_precision = lambda device: contextlib.nullcontext()\n"
+        "sys.exit(train.main(sys.argv[1:]))\n"
+    )
+    for name, way in (("two", [*launch, str(script)]), ("one", [str(script)])):
         place = ["--out", f"{name}.safetensors", "--checkpoint", f"{name}-state.safetensors"]
         done = subprocess.run(
-            [sys.executable, *way, "diffedu.train", *options, *place],
+            [sys.executable, *way, *options, *place],
             cwd=tmp_path,
             capture_output=True,
             text=True,
@@ -176,6 +181,9 @@ def test_two_processes_make_the_network_that_one_makes(tmp_path):
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=0)
     assert torch.equal(two["generator"], one["generator"])
     start = MNIST.untrained(0).state_dict()
+    for name in one:
+        if name.endswith("exp_avg"):  # linear in the gradients, as the weights are not
+            assert float((two[name] - one[name]).norm()) <= 1e-3 * float(one[name].norm()) + 1e-9, name
     for name, value in start.items():
         moved = (one[f"net.{name}"] - value).norm()
         # Adam's first steps are the gradient's sign: rounding alone turns some that are almost 0
@@ -199,7 +207,6 @@ def test_one_network_of_the_toys_is_trained_by_one_process(short, monkeypatch, c
         (["--checkpoint", "file/state"], "file"),
         (["--log", "file/log"], "file"),
         (["--out", "file/net.safetensors"], "file"),
-        (["--out", "/proc/nowhere/net.safetensors"], "nowhere"),
         (["--checkpoint", "toy"], r"toy .*holds a network of .*layers.*this one has"),
     ],
 )

@@ -152,6 +152,16 @@ def test_a_corrupt_checkpoint_is_refused_and_left_alone(spoil, tmp_path):
     refused(file, "is not a readable safetensors file .*: delete it")
 
 
+def test_a_checkpoint_of_other_data_or_of_another_kind_of_device_is_refused(tmp_path):
+    file = tmp_path / "run.safetensors"
+    run(checkpoint=file, stop_after=3, made={"data": "a"})
+    refused(file, r"belongs to a run of \{'data': 'a'\}, this one is of \{'data': 'b'\}", made={"data": "b"})
+    tensors, metadata = weights.read(file)
+    tensors["generator"] = torch.zeros(16, dtype=torch.uint8)  # as long as a GPU's
+    weights.write(file, tensors, metadata)
+    refused(file, "was written on another kind of device than cpu", made={"data": "a"})
+
+
 def test_a_foreign_safetensors_file_is_refused(tmp_path):
     file = tmp_path / "run.safetensors"
     weights.write(file, {"a": torch.zeros(2)}, {})
