@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -141,7 +141,7 @@ class DigitModel:
         images, labels = images.to(device), labels.long().to(device)
         part = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         data_digest = weights.digest({"images": images, "labels": labels})
-        made = {name: str(value) for name, value in vars(self).items() if name != "recipe"}
+        made = {f.name: str(getattr(self, f.name)) for f in fields(self) if f.name != "recipe"}
         fitted = fit(
             self.untrained(seed).to(device),
             self.loss(images, labels, part),

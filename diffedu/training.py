@@ -201,15 +201,15 @@ class _Run:
                 f"{path} was made with the recipe {recipe}, this run has {asdict(self.recipe)}: "
                 "use that recipe or another file"
             )
+        shapes = {k: (tuple(v.shape), v.dtype) for k, v in self.net.state_dict().items()}
+        found = {k[4:]: (tuple(v.shape), v.dtype) for k, v in state.items() if k.startswith("net.")}
+        if found != shapes:
+            raise ValueError(f"{path} holds a network of {found}; this one has {shapes}: use another file")
         made = json.loads(metadata.get("made", "null"))
         if made not in (None, self.made):
             raise ValueError(
                 f"{path} belongs to a run of {made}, this one is of {self.made}: use another file"
             )
-        shapes = {k: (tuple(v.shape), v.dtype) for k, v in self.net.state_dict().items()}
-        found = {k[4:]: (tuple(v.shape), v.dtype) for k, v in state.items() if k.startswith("net.")}
-        if found != shapes:
-            raise ValueError(f"{path} holds a network of {found}; this one has {shapes}: use another file")
         if state["generator"].shape != self.generator.get_state().shape:
             raise ValueError(
                 f"{path} was written on another kind of device than {self.generator.device}: "
