@@ -52,10 +52,13 @@ def test_the_teachers_reach_their_goals(name):
     assert mean["excess"] <= mean["goal"]
 
 
-BUSY = pytest.mark.xfail(strict=True, reason="20.6 CPU s beside other work, goal 20")
+SLOW = pytest.mark.xfail(
+    strict=True,
+    reason="no machine like the goals' measured it: as many steps took 16 s there, 22 to 26 here, quiet",
+)
 
 
-@pytest.mark.parametrize("name", ["swiss-roll", pytest.param("moons", marks=BUSY)])
+@pytest.mark.parametrize("name", ["swiss-roll", pytest.param("moons", marks=SLOW)])
 def test_training_takes_no_longer_than_its_goal(name):
     mean = RESULTS["training"]["means"][name]
     assert mean["cpu_seconds"] <= mean["goal_cpu_seconds"]
