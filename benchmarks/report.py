@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import diffedu
+from diffedu import weights
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -36,10 +37,8 @@ def write(path: Path, command: str, results: dict[str, Any]) -> None:
             "torch": torch.__version__,
         },
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({"made": made} | results, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with weights.replacing(path) as partial:
+        partial.write_text(json.dumps({"made": made} | results, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}")
 
 

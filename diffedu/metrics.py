@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,8 +58,15 @@ def sliced_w2(x: Tensor, y: Tensor) -> float:
     """
     _check_pair(x, y, equal=True)
     directions = _directions(x)
-    gaps = (x @ directions).sort(dim=0).values - (y @ directions).sort(dim=0).values
+    gaps = _sorted_rows((x @ directions).mT) - _sorted_rows((y @ directions).mT)
     return math.sqrt(float(gaps.square().mean()))
+
+
+def _sorted_rows(values: Tensor) -> Tensor:
+    """Each row in ascending order; on the CPU by NumPy, whose sort is several times as fast as torch's."""
+    if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+        return values.sort(dim=1).values
+    return torch.from_numpy(np.sort(values.detach().contiguous().numpy(), axis=1))
 
 
 def sliced_energy(x: Tensor, y: Tensor) -> float:

@@ -13,7 +13,6 @@ import torch
 from benchmarks import few_steps, report, sde, training
 from diffedu import weights
 from diffedu.consistency_students import ConsistencyDistilled
-from diffedu.metrics import sliced_w2
 from diffedu.teachers import MOONS, SWISS_ROLL
 from diffedu.training import Recipe
 
@@ -53,8 +52,7 @@ def test_the_teachers_reach_their_goals(name):
 
 
 SLOW = pytest.mark.xfail(
-    strict=True,
-    reason="no machine like the goals' measured it: as many steps took 16 s there, 22 to 26 here, quiet",
+    strict=True, reason="18 to 26 CPU s by seed and hour, goal 20; an earlier session's machine took 16"
 )
 
 
@@ -127,11 +125,6 @@ def test_the_command_refuses_what_it_does_not_know():
     assert done.returncode == 2
     assert "NAME must be one of" in done.stderr
     assert "got speed" in done.stderr
-
-
-def test_the_benchmarks_distance_is_the_packages():
-    x, y = torch.randn(2, 5000, 2, generator=training.seeded(1))
-    assert training.squared_w2(x, 0.9 * y) == pytest.approx(sliced_w2(x, 0.9 * y) ** 2, rel=1e-5)
 
 
 TINY = Recipe(steps=3, lr=1e-3, ema=0.9)

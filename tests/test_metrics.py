@@ -77,6 +77,14 @@ def test_beyond_the_plane_directions_come_from_a_fixed_seed(draw, global_rng_unt
 
 
 @pytest.mark.parametrize("m", [60, 23])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sliced_w2_takes_low_precision_and_gradients(dtype):
+    x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
+    want = sliced_w2(x, 2 * x)
+    assert sliced_w2(x.to(dtype), 2 * x.to(dtype)) == pytest.approx(want, rel=0.02)  # 8 bits and more
+    assert sliced_w2(x.requires_grad_(), 2 * x) == pytest.approx(want, rel=1e-6)
+
+
 def test_energy_distances_on_the_line_are_scipys(draw, m):
     x, y = draw(60, 1), 0.5 * draw(m, 1) + 0.3
     y[:5] = x[:5]  # ties
