@@ -76,7 +76,6 @@ def test_beyond_the_plane_directions_come_from_a_fixed_seed(draw, global_rng_unt
     assert within(square, 1.5 / 6, 1.5 / 6 * math.sqrt(2 * 5 / 8 / 128))
 
 
-@pytest.mark.parametrize("m", [60, 23])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_sliced_w2_takes_low_precision_and_gradients(dtype):
     x = torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
@@ -85,6 +84,7 @@ def test_sliced_w2_takes_low_precision_and_gradients(dtype):
     assert sliced_w2(x.requires_grad_(), 2 * x) == pytest.approx(want, rel=1e-6)
 
 
+@pytest.mark.parametrize("m", [60, 23])
 def test_energy_distances_on_the_line_are_scipys(draw, m):
     x, y = draw(60, 1), 0.5 * draw(m, 1) + 0.3
     y[:5] = x[:5]  # ties
