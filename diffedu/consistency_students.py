@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from diffedu.consistency import ConsistencyFunction, Map, cd_loss, euler_step, heun_step
 from diffedu.mixtures import EmpiricalDenoiser
-from diffedu.refinement import Division, Narrowing, Refinement, levels
+from diffedu.refinement import Division, Narrowing, Refinement, levels, planned_times
 from diffedu.sde import perturb
 from diffedu.students import Place, Student
 from diffedu.teachers import MOONS, SWISS_ROLL, shipped_net
@@ -33,6 +33,11 @@ class Tracked(nn.Module):
         super().__init__()
         self.net, self.target = net, copy.deepcopy(net).requires_grad_(False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """What `net` gives."""
+        output: Tensor = self.net(*inputs)
+        return output
 
     @torch.no_grad()
     def follow(self, decay: float) -> None:
@@ -124,11 +129,7 @@ class ConsistencyStudent(Student, ABC):
 
     def times(self, evaluations: int) -> list[float]:
         """The times for `multistep` with so many evaluations. Raises ValueError for a number not foreseen."""
-        grid = levels(self.teacher.schedule, self.division.last).tolist()
-        plans = {len(restart) + 1: [grid[-1], *(grid[i] for i in restart)] for restart in self.restarts}
-        if evaluations not in plans:
-            raise ValueError(f"evaluations must be one of {sorted(plans)}; got {evaluations!r}")
-        return plans[evaluations]
+        return planned_times(levels(self.teacher.schedule, self.division.last), self.restarts, evaluations)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Progressive distillation: a student learns to make two of its teacher's DDIM steps in one."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -50,6 +51,12 @@ def _alpha_sigma(schedule: Schedule, t: float | Tensor) -> tuple[float | Tensor,
     return schedule.alpha(wide), schedule.sigma(wide)
 
 
+def require_halving(counts: Sequence[int]) -> None:
+    """Raise ValueError unless the generations' numbers of steps halve from one to the next."""
+    if not counts or any(a != 2 * b for a, b in pairwise(counts)):
+        raise ValueError(f"each generation must make half the steps of the one before; got {list(counts)}")
+
+
 def truncated_snr(schedule: Schedule, t: float | Tensor) -> float | Tensor:
     """max(alpha^2 / sigma^2, 1): the larger of the errors in x0 and eps (Salimans & Ho 2022, section 4).
 
@@ -88,3 +95,13 @@ def progressive_loss(
     z = perturb(teacher.schedule, x0, t, eps)
     error = progressive_target(teacher, z, t, s, middle) - student(z, t).x0
     return weight(teacher.schedule, t) * error.square().flatten(1).sum(1)
+
+
+def step_shares(schedule: Schedule, ts: Tensor) -> Tensor:
+    """How often a training draws each of the n steps between the times ts (n + 1,): (n,), of sum 1.
+
+    Half evenly, half by the angle that the step turns: with tan(phi) = sigma / alpha and
+    alpha^2 + sigma^2 = 1 a DDIM step moves its end by sin(phi_t - phi_s) times an error in v.
+    """
+    turned = -torch.atan2(schedule.sigma(ts), schedule.alpha(ts)).diff()
+    return 0.5 / len(turned) + 0.5 * turned / turned.sum()

@@ -1,6 +1,7 @@
 """How time is divided while a consistency function is learned, and how slowly its target follows."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,6 +26,17 @@ def levels(schedule: Schedule, n: int) -> Tensor:
     ts = schedule.t_of_lam(torch.from_numpy(np.interp(np.linspace(2, 0, n + 1), share, lam)))
     ts[0], ts[-1] = schedule.t_min, schedule.t_max
     return ts
+
+
+def planned_times(grid: Tensor, restarts: Sequence[Sequence[int]], evaluations: int) -> list[float]:
+    """The times for `multistep` with so many evaluations: the grid's last, then those of a plan of restarts.
+
+    grid: `levels`; a plan lists indices into it. Raises ValueError where no plan has that many evaluations.
+    """
+    plans = {len(restart) + 1: restart for restart in restarts}
+    if evaluations not in plans:
+        raise ValueError(f"evaluations must be one of {sorted(plans)}; got {evaluations!r}")
+    return [float(grid[-1]), *(float(grid[i]) for i in plans[evaluations])]
 
 
 class Division(Protocol):

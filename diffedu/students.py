@@ -4,7 +4,6 @@ import copy
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from diffedu import weights
 from diffedu.denoiser import NetDenoiser
-from diffedu.distillation import progressive_loss, snr_plus_one
+from diffedu.distillation import progressive_loss, require_halving, snr_plus_one, step_shares
 from diffedu.teachers import MOONS, SWISS_ROLL, Teacher, shipped_net
 from diffedu.training import Loss, Recipe, fit
 
@@ -56,12 +55,6 @@ class Student:
         return Path(path)
 
 
-def numbered(path: Place, n: int) -> Path:
-    """The path with -n before its suffix."""
-    path = Path(path)
-    return path.with_name(f"{path.stem}-{n}{path.suffix}")
-
-
 @dataclass(frozen=True)
 class Distilled(Student):
     """Students by progressive distillation, generation after generation: (number of steps, recipe), halving.
@@ -79,9 +72,7 @@ class Distilled(Student):
     suffix: ClassVar[str] = "distill"
 
     def __post_init__(self) -> None:
-        counts = [n for n, _ in self.generations]
-        if not counts or any(a != 2 * b for a, b in pairwise(counts)):
-            raise ValueError(f"each generation must make half the steps of the one before; got {counts}")
+        require_halving([n for n, _ in self.generations])
 
     @property
     def summary(self) -> str:
@@ -97,14 +88,8 @@ class Distilled(Student):
         return self.teacher.schedule.grid(n, "t")
 
     def shares(self, n: int) -> Tensor:
-        """How often the training draws each of the n steps, (n,) float64, of sum 1.
-
-        Half evenly, half by the angle that the step turns: with tan(phi) = sigma / alpha and
-        alpha^2 + sigma^2 = 1 a DDIM step moves its end by sin(phi_t - phi_s) times an error in v.
-        """
-        schedule, ts = self.teacher.schedule, self.grid(n)
-        turned = -torch.atan2(schedule.sigma(ts), schedule.alpha(ts)).diff()
-        return 0.5 / n + 0.5 * turned / turned.sum()
+        """How often the training draws each of the n steps, (n,) float64: `step_shares`."""
+        return step_shares(self.teacher.schedule, self.grid(n))
 
     def loss(self, teacher: NetDenoiser, n: int, data: Tensor) -> Loss:
         """What `fit` minimises for the student of n steps: the error in v, (batch,)."""
@@ -141,7 +126,7 @@ class Distilled(Student):
                 self.loss(self.teacher.denoiser(net), n, data),
                 recipe,
                 generator,
-                checkpoint=None if checkpoint is None else numbered(checkpoint, n),
+                checkpoint=None if checkpoint is None else weights.numbered(checkpoint, n),
                 every=every,
                 progress=progress,
             )
@@ -153,7 +138,7 @@ class Distilled(Student):
         """Write those that are kept, the student of n steps to `path` with -n before its suffix."""
         recipe = {"generations": [[n, asdict(recipe)] for n, recipe in self.generations], "batch": self.batch}
         return [
-            self.write(numbered(path, n), students[n].net, seed, recipe | {"student_steps": n})
+            self.write(weights.numbered(path, n), students[n].net, seed, recipe | {"student_steps": n})
             for n in self.kept
         ]
 

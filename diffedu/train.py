@@ -20,7 +20,9 @@ from diffedu.consistency_students import (
     SWISS_ROLL_CONSISTENCY,
     SWISS_ROLL_CONSISTENCY_TRAINED,
 )
-from diffedu.digits import MNIST, DigitModel
+from diffedu.digit_students import MNIST_CONSISTENCY, MNIST_DISTILLED
+from diffedu.digit_training import DigitTraining
+from diffedu.digits import MNIST
 from diffedu.students import MOONS_DISTILLED, SWISS_ROLL_DISTILLED
 from diffedu.teachers import MOONS, SWISS_ROLL
 from diffedu.weights import read
@@ -56,6 +58,8 @@ def networks() -> list[Network]:
         SWISS_ROLL_CONSISTENCY_TRAINED,
         MOONS_CONSISTENCY_TRAINED,
         MNIST,
+        MNIST_DISTILLED,
+        MNIST_CONSISTENCY,
         CLASSIFIER,
     ]
 
@@ -85,12 +89,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             help="a file to save the run's state in, and to go on from if it exists",
         )
         command.add_argument("--device", help="cpu, cuda, ... (default: cuda where there is one, else cpu)")
-        if isinstance(network, DigitModel):
+        if isinstance(network, DigitTraining):
             add_digit_options(command, network)
     options = vars(parser.parse_args(arguments))
     try:
         network = options.pop("network")
-        if isinstance(network, DigitModel):
+        if isinstance(network, DigitTraining):
             network = sized(network, options)
         train(network, **options)
     except (ValueError, OSError) as error:
@@ -99,25 +103,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def add_digit_options(command: argparse.ArgumentParser, model: DigitModel) -> None:
-    """The options of a network of digits."""
-    recipe = model.recipe
+def add_digit_options(command: argparse.ArgumentParser, training: DigitTraining) -> None:
+    """The options of a training of digits."""
     command.description = (
-        f"Trains {model.summary}, by default. It predicts v on the cosine noise schedule; the learning rate "
-        "rises at the start, then falls as a cosine; the average of the weights is what is written. After an "
-        "interruption the same command with the same --checkpoint goes on where it stood."
+        f"Trains {training.summary}, by default. The learning rate rises at the start, then falls as a "
+        "cosine; the average of the weights is what is written. After an interruption the same command with "
+        "the same --checkpoint goes on where it stood."
     )
     command.add_argument(
         "--images",
         type=int,
-        default=model.images,
-        help=f"the budget: how many images the training sees, repetitions counted (default {model.images})",
+        default=training.images,
+        help=f"the budget: how many images the training sees, repetitions counted ({training.images})",
     )
-    command.add_argument("--batch", type=int, default=model.batch, help=f"images a step ({model.batch})")
-    command.add_argument("--lr", type=float, default=recipe.lr, help=f"Adam's learning rate ({recipe.lr:g})")
     command.add_argument(
-        "--ema", type=float, default=recipe.ema, help=f"decay of the weights' average ({recipe.ema:g})"
+        "--batch", type=int, default=training.batch, help=f"images a step ({training.batch})"
     )
+    if len(training.stages) == 1:
+        (recipe,) = training.stages.values()
+        command.add_argument(
+            "--lr", type=float, default=recipe.lr, help=f"Adam's learning rate ({recipe.lr:g})"
+        )
+        command.add_argument(
+            "--ema", type=float, default=recipe.ema, help=f"decay of the weights' average ({recipe.ema:g})"
+        )
     command.add_argument(
         "--every", type=int, default=250, help="steps between two checkpoints and two lines of the log (250)"
     )
@@ -133,11 +142,12 @@ def add_digit_options(command: argparse.ArgumentParser, model: DigitModel) -> No
     )
 
 
-def sized(model: DigitModel, options: dict[str, Any]) -> DigitModel:
-    """The model with what the options say of its recipe, which are taken out of them."""
-    recipe = replace(model.recipe, lr=options.pop("lr"), ema=options.pop("ema"))
+def sized(training: DigitTraining, options: dict[str, Any]) -> DigitTraining:
+    """The training with what the options say of its recipes, which are taken out of them."""
+    stages, changes = training.stages, {name: options.pop(name) for name in ("lr", "ema") if name in options}
+    training = training.with_stages({key: replace(recipe, **changes) for key, recipe in stages.items()})
     batch = require_count("--batch", options.pop("batch"))
-    return replace(model, batch=batch, recipe=recipe).with_budget(options.pop("images"))
+    return replace(training, batch=batch).with_budget(options.pop("images"))
 
 
 def train(
@@ -173,7 +183,7 @@ def train(
 
 def processes(network: Network, device: torch.device) -> Any:
     """The accelerator of one among several processes. Raises ValueError for a network that one trains."""
-    if not isinstance(network, DigitModel):
+    if not isinstance(network, DigitTraining):
         raise ValueError(
             f"{network.name} is trained by one process; got WORLD_SIZE={os.environ['WORLD_SIZE']}"
         )

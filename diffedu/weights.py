@@ -28,6 +28,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def numbered(path: str | Path, n: int | None) -> Path:
+    """The path with -n before its suffix; for None as it is."""
+    path = Path(path)
+    return path if n is None else path.with_name(f"{path.stem}-{n}{path.suffix}")
+
+
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata to path, atomically."""
     with replacing(path) as partial:

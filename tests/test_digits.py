@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from diffedu import digit_training, mnist_files, weights
 from diffedu import digits as module
-from diffedu import mnist_files, weights
 from diffedu.digit_metrics import accuracy
 from diffedu.digits import CLASSES, MNIST, to_floats
 from diffedu.networks import Labelled
@@ -140,7 +140,7 @@ def test_a_killed_training_resumes_to_the_identical_state(tmp_path):
     class Killed(Exception):
         pass
 
-    def draw(net):
+    def draw(net, key):
         raise Killed
 
     broken = replace(SMALL)
@@ -219,7 +219,7 @@ def test_the_checkpoint_of_another_run_is_refused(change, seed, subset, tmp_path
     SMALL.train(3, subset=True, progress=False, checkpoint=state)
     before = state.read_bytes()
     images, labels = mnist_files.subset("test")
-    monkeypatch.setattr(module, "mnist", lambda *_, **__: (images, labels))
+    monkeypatch.setattr(digit_training, "mnist", lambda *_, **__: (images, labels))
     with pytest.raises(ValueError, match=r"belongs to a run of .*this one is of .*: use another file"):
         replace(SMALL, **change).train(seed, subset=subset, progress=False, checkpoint=state)
     assert state.read_bytes() == before
@@ -247,7 +247,7 @@ def test_training_and_sampling_run_where_the_network_is(tmp_path):
     state = tmp_path / "state.safetensors"
     whole = SMALL.train(3, subset=True, progress=False, device="cuda")
     half = replace(SMALL)
-    object.__setattr__(half, "examples", lambda net: (_ for _ in ()).throw(KeyboardInterrupt))
+    object.__setattr__(half, "examples", lambda net, key: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         half.train(
             3, subset=True, progress=False, device="cuda", checkpoint=state, every=2, log=tmp_path / "l.jsonl"
