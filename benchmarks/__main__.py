@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import digits, few_steps, report, sde, solvers, training
+from benchmarks import digit_steps, digits, few_steps, report, sde, solvers, training
 
 BENCHMARKS = {
     "sde": (sde, "stochastic samplers: distance to the data against evaluations"),
@@ -14,6 +14,7 @@ BENCHMARKS = {
     "few_steps": (few_steps, "one to four evaluations: students beside their teacher"),
     "training": (training, "the toy teachers: excess against CPU seconds of training"),
     "digits": (digits, "MNIST: Fréchet distance and class accuracy of samples, training speed"),
+    "digit_steps": (digit_steps, "MNIST in fewer steps: solvers by evaluations, distance to data and path"),
 }
 
 
@@ -49,7 +50,8 @@ def main() -> None:
         module, what = BENCHMARKS[name]
         print(f"{name}: {what}")
         known = {k: n for k, n in asked.items() if k in signature(module.measure).parameters}
-        results = module.measure(**known)
+        files = {"out": options.out} if "out" in signature(module.measure).parameters else {}
+        results = module.measure(**known, **files)
         print(module.show(results))
         command = " ".join(["python -m benchmarks", name, *(f"--{k} {n}" for k, n in known.items())])
         report.write(options.out / f"{name}.json", command, results)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.kept import Kept
 from benchmarks.report import RESULTS, table
 from benchmarks.training import load, seeded
 from diffedu import weights
@@ -62,14 +63,19 @@ def denoiser(row: Row, net: nn.Module, labels: Tensor) -> Denoiser:
     return conditional if row.weight == 1 else Guided(conditional, MNIST.denoiser(net), row.weight)
 
 
-def draw(row: Row, net: nn.Module, known: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """1,000 digits in [-1, 1] and the labels that were asked for, drawn from the `known` ones, the data's.
+def starts(known: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Noise for a block of digits, and labels for them, drawn from the `known` ones, the data's.
 
     So the classes are as uneven as in as many training images: the floor is one for the samples, too.
     """
     generator = seeded(40_000 + seed)
     labels = known[torch.randint(len(known), (BLOCK,), generator=generator)]
-    start = prior(MNIST.schedule, (BLOCK, 1, SIDE, SIDE), generator)
+    return prior(MNIST.schedule, (BLOCK, 1, SIDE, SIDE), generator), labels
+
+
+def draw(row: Row, net: nn.Module, known: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """1,000 digits in [-1, 1] and the labels that were asked for."""
+    start, labels = starts(known, seed)
     ts, found = MNIST.schedule.grid(EVALUATIONS), []
     for x, y in zip(torch.split(start, CHUNK), torch.split(labels, CHUNK), strict=True):
         with torch.no_grad():
@@ -77,28 +83,25 @@ def draw(row: Row, net: nn.Module, known: Tensor, seed: int) -> tuple[Tensor, Te
     return torch.cat(found).clamp(-1, 1), labels
 
 
-class Kept:
-    """The features of samples already drawn, in a file: good for these two networks only."""
+class Blocks:
+    """Blocks of samples of a network, drawn once: of each its features and the share taken for its label."""
 
     def __init__(self, path: Path, net: nn.Module, classifier: Classifier, labels: Tensor) -> None:
-        self.path, self.net, self.labels = path, net, labels
         own = {"net": weights.digest(net.state_dict()), "by": weights.digest(classifier.state_dict())}
-        self.made, self.tensors = own, {}
-        if path.exists():
-            tensors, made = weights.read(path)
-            self.tensors = tensors if made == own else {}
+        self.kept, self.net, self.labels = Kept(path, own), net, labels
 
     def block(self, row: Row, seed: int) -> tuple[Tensor, float]:
         """The features of a block of samples (1000, 64), and the share that is taken for its label."""
         name = f"{row.name}, seed {seed}"
-        if name not in self.tensors:
+
+        def make() -> dict[str, Tensor]:
             start = time.process_time()
             images, labels = draw(row, self.net, self.labels, seed)
-            self.tensors[name] = features(images)
-            self.tensors[f"{name}, accuracy"] = torch.tensor(accuracy(images, labels))
-            weights.write(self.path, self.tensors, self.made)
             print(f"  {name}: {BLOCK} samples in {time.process_time() - start:.0f} CPU s", flush=True)
-        return self.tensors[name], float(self.tensors[f"{name}, accuracy"])
+            return {"features": features(images), "accuracy": torch.tensor(accuracy(images, labels))}
+
+        found = self.kept.of(name, make)
+        return found["features"], float(found["accuracy"])
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
@@ -117,10 +120,10 @@ def floor(train: Tensor, test: Moments, n: int) -> dict[str, Any]:
 
 
 def rows_of(
-    row: Row, kept: Kept, test: Moments, floors: dict[int, float], blocks: int
+    row: Row, drawn: Blocks, test: Moments, floors: dict[int, float], blocks: int
 ) -> list[dict[str, Any]]:
     """The row's distances: at n = 1,000 the mean over blocks, and of all of them where there is a floor."""
-    found = [kept.block(row, seed) for seed in range(blocks)]
+    found = [drawn.block(row, seed) for seed in range(blocks)]
     right = None if row.weight is None else sum(share for _, share in found) / blocks
     each = [frechet_distance(moments(block), test) for block, _ in found]
     values = {BLOCK: (*mean_and_deviation(each), blocks)}
@@ -211,7 +214,7 @@ def measure(samples: int = SAMPLES, unfinished: Path | None = None) -> dict[str,
         raise ValueError(f"samples must be a positive multiple of {BLOCK}; got {samples}")
     (images, labels), (test_images, test_labels) = (mnist(split, full=True) for split in ("train", "test"))
     classifier, net = CLASSIFIER.load(), MNIST.load()
-    test, kept = statistics(classifier), Kept(unfinished or UNFINISHED, net, classifier, labels)
+    test, drawn = statistics(classifier), Blocks(unfinished or UNFINISHED, net, classifier, labels)
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     speeds = [speed(images, labels, threads) for threads in (1, 2) if threads <= allowed]
     for s in speeds:
@@ -231,7 +234,7 @@ def measure(samples: int = SAMPLES, unfinished: Path | None = None) -> dict[str,
     floors, rows = {f["n"]: f["fd"] for f in floor_rows}, []
     for row in ROWS:
         blocks = samples // BLOCK if SAMPLES in row.goals else min(FEW_BLOCKS, samples // BLOCK)
-        for line in rows_of(row, kept, test, floors, blocks):
+        for line in rows_of(row, drawn, test, floors, blocks):
             rows.append(line)
             print(
                 f"  {row.name}, n = {line['n']}: FD {line['fd']:.3g}, {line['over_floor']:.2f} floors",

@@ -87,18 +87,18 @@ def test_a_block_of_digits_is_fixed_by_its_seed(small):
 def test_what_is_drawn_is_kept_for_these_networks_alone(small, tmp_path, monkeypatch):
     net, known = small
     path, classifier = tmp_path / "kept", CLASSIFIER.load()
-    first = digits.Kept(path, net, classifier, known).block(digits.ROWS[0], 0)
+    first = digits.Blocks(path, net, classifier, known).block(digits.ROWS[0], 0)
 
     def refuse(*_):
         raise AssertionError("drawn again")
 
     with monkeypatch.context() as patch:
         patch.setattr(digits, "draw", refuse)
-        second = digits.Kept(path, net, classifier, known).block(digits.ROWS[0], 0)
+        second = digits.Blocks(path, net, classifier, known).block(digits.ROWS[0], 0)
     assert torch.equal(first[0], second[0])
     assert first[1] == second[1]
     other = MNIST.untrained(1)
-    assert digits.Kept(path, other, classifier, known).tensors == {}
+    assert digits.Blocks(path, other, classifier, known).kept.tensors == {}
 
 
 def test_the_floor_of_gaussian_features_is_that_of_an_estimated_gaussian():

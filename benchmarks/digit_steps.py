@@ -1,0 +1,378 @@
+"""MNIST in fewer steps: what each way of drawing digits is worth, by evaluations of its network."""
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.digits import BLOCK, CHUNK, starts
+from benchmarks.kept import Kept
+from benchmarks.report import RESULTS, table
+from benchmarks.training import seeded
+from diffedu import weights
+from diffedu.classifier import CLASSIFIER
+from diffedu.data import mnist
+from diffedu.digit_metrics import accuracy, features, statistics
+from diffedu.digits import CLASSES, MNIST, SIDE
+from diffedu.exponential import DDIM, DEIS, DPMSolver, DPMSolverPP2M, DPMSolverPP3M
+from diffedu.metrics import Moments, frechet_distance, moments
+from diffedu.sampling import Solver, prior, sample
+from diffedu.solvers import Euler, Heun
+
+GROUPS = 20  # of a block, for the standard error of its distance by the jackknife
+GOAL_FLOOR = 1.77  # of the goals' distances, which are in the features of another classifier
+KEPT = RESULTS / "digit_steps.kept"
+PICTURES = "digit_steps.safetensors"
+
+
+class Marching(NamedTuple):
+    """A solver of the base network's ODE on its grid."""
+
+    name: str
+    solver: Solver
+    spacing: str | float = "lam"
+    calls: int = 1  # evaluations a step
+
+    def steps(self, evaluations: int) -> int:
+        """How many steps so many evaluations pay for; what is left over is not spent."""
+        return evaluations // self.calls
+
+    def end(self, net: nn.Module, evaluations: int, x: Tensor, labels: Tensor) -> Tensor:
+        """Where it leads digits of these labels from x at t_max."""
+        ts = MNIST.schedule.grid(self.steps(evaluations), self.spacing)
+        with torch.no_grad():
+            return sample(MNIST.denoiser(net, labels), self.solver, x, ts)
+
+
+SOLVERS = [
+    Marching("Euler", Euler(), "t"),
+    Marching("Heun", Heun(), "t", 2),
+    Marching("DDIM", DDIM()),
+    Marching("DPM-Solver-2", DPMSolver(2), "lam", 2),
+    Marching("DPM-Solver-3", DPMSolver(3), "lam", 3),
+    Marching("DPM-Solver++(2M)", DPMSolverPP2M()),
+    Marching("DEIS(3)", DEIS(3), 2),  # chapter 10's choice for ten evaluations
+]
+# Evaluations of the samples whose distance is taken; those of the last rows are the expensive ones.
+EVALUATIONS = (1, 2, 3, 5, 10, 20)
+MANY = [
+    ("DPM-Solver++(2M)", 50),
+    ("DDIM", 50),
+    ("DPM-Solver-3", 50),
+    ("DPM-Solver++(2M)", 100),
+    ("DEIS(3)", 50),
+    ("Heun", 50),
+]
+# Evaluations of the paths from a few starts to the exact trajectory, and of pictures of some of them alone
+PATH_EVALUATIONS = (*EVALUATIONS, 50, 200)
+PICTURED, FINEST = (50, 200), 1000
+PER_CLASS = 2  # starts of each class
+REFERENCE_EVALUATIONS = 600
+
+# Distances over that of the teacher's samples, the same starts and labels: to be at most the goal
+TEACHER = ("DPM-Solver++(2M)", 50)
+GOALS: dict[tuple[str, int], float] = {("DPM-Solver++(2M)", 5): 1.15}
+GOAL_BLOCKS = 3
+BEST_SEEN = {  # Fréchet distance at n = 1,000
+    ("DDIM", 5): 10.4,
+    ("DDIM", 10): 5.7,
+    ("DDIM", 20): 4.75,
+    ("DDIM", 50): 4.58,
+    ("DPM-Solver++(2M)", 5): 5.2,
+    ("DPM-Solver++(2M)", 10): 4.8,
+    ("DPM-Solver++(2M)", 20): 4.7,
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to draw digits: `draw` takes noise x (B, 1, 28, 28) at t_max and labels (B,) to digits.
+
+    `used` are the evaluations that it spends of those allowed, `made` says to the letter what it is, with
+    the digest of its network: what is measured is kept for as long as that is the same.
+    """
+
+    name: str
+    evaluations: int
+    used: int
+    grid: str
+    made: str
+    draw: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks of 1,000 samples: more where a goal asks for a ratio."""
+        return GOAL_BLOCKS if (self.name, self.evaluations) in {TEACHER, *GOALS} else 1
+
+
+def marched(marching: Marching, evaluations: int, net: nn.Module, digest: str) -> Method:
+    """The base network's digits by a solver."""
+    steps = marching.steps(evaluations)
+
+    def draw(x: Tensor, labels: Tensor) -> Tensor:
+        return marching.end(net, evaluations, x, labels)
+
+    return Method(
+        marching.name,
+        evaluations,
+        steps * marching.calls,
+        str(marching.spacing),
+        f"{marching.solver!r}, {steps} steps, {marching.spacing}, network {digest}",
+        draw,
+    )
+
+
+def methods(net: nn.Module, digest: str) -> list[Method]:
+    """All that are measured, the cheap ones first; students of the base network go at the end."""
+    by_name = {m.name: m for m in SOLVERS}
+    few = [(m.name, n) for n in EVALUATIONS for m in SOLVERS if m.steps(n)]
+    return [marched(by_name[name], n, net, digest) for name, n in [*few, *MANY]]
+
+
+def jackknife(seen: Tensor, test: Moments) -> float:
+    """The standard error of the distance of features (n, 64): each of 20 groups is left out once."""
+    group = torch.arange(len(seen)) % GROUPS
+    values = [frechet_distance(moments(seen[group != k]), test) for k in range(GROUPS)]
+    spread = torch.tensor(values, dtype=torch.float64).var(correction=0)
+    return math.sqrt(float(spread) * (GROUPS - 1))
+
+
+def block(method: Method, x: Tensor, labels: Tensor, test: Moments) -> dict[str, Tensor]:
+    """Distance, its standard error, class accuracy and CPU seconds per image of a block of samples."""
+    start = time.process_time()
+    parts = zip(torch.split(x, CHUNK), torch.split(labels, CHUNK), strict=True)
+    digits = torch.cat([method.draw(a, b) for a, b in parts]).clamp(-1, 1)
+    seconds = (time.process_time() - start) / len(x)
+    seen = features(digits)
+    numbers = {
+        "fd": frechet_distance(moments(seen), test),
+        "error": jackknife(seen, test),
+        "accuracy": accuracy(digits, labels),
+        "seconds": seconds,
+    }
+    return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
+
+
+def row(method: Method, blocks: Sequence[dict[str, Tensor]], floor: float) -> dict[str, Any]:
+    """A method's line in the results, but for what it is beside its teacher."""
+    fds, errors, right, seconds = (
+        torch.stack([b[key] for b in blocks]) for key in ("fd", "error", "accuracy", "seconds")
+    )
+    best = BEST_SEEN.get((method.name, method.evaluations))
+    return {
+        "method": method.name,
+        "grid": method.grid,
+        "evaluations": method.evaluations,
+        "used": method.used,
+        "made": method.made,
+        "n": BLOCK,
+        "draws": len(blocks),
+        "fd": float(fds.mean()),
+        "standard_error": float(errors.square().mean().sqrt()) / math.sqrt(len(blocks)),
+        "fd_by_draw": fds.tolist(),
+        "over_floor": float(fds.mean()) / floor,
+        "best_seen_over_floor": best / GOAL_FLOOR if best else None,
+        "accuracy": float(right.mean()),
+        "seconds_per_image": float(seconds.mean()),
+    }
+
+
+def beside_teacher(line: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
+    """The ratio of the two distances over the draws that both have, its standard error, and the goal.
+
+    The draws are pairs, of the same starts and labels: what they share cancels.
+    """
+    both = min(line["draws"], teacher["draws"])
+    ours, theirs = (torch.tensor(v["fd_by_draw"][:both], dtype=torch.float64) for v in (line, teacher))
+    ratio = float(ours.mean() / theirs.mean())
+    error = None
+    if both > 1:
+        error = float((ours - ratio * theirs).std() / theirs.mean()) / math.sqrt(both)
+    goal = GOALS.get((line["method"], line["evaluations"]))
+    return {"over_teacher": ratio, "over_teacher_error": error, "goal": goal}
+
+
+def few_starts() -> tuple[Tensor, Tensor]:
+    """Noise for the paths, (20, 1, 28, 28), and its labels: 0 ... 9, twice."""
+    labels = torch.arange(CLASSES).repeat(PER_CLASS)
+    return prior(MNIST.schedule, (len(labels), 1, SIDE, SIDE), seeded(41_000)), labels
+
+
+def rms(x: Tensor, reference: Tensor) -> tuple[float, float]:
+    """Root of the mean square of x - reference over images and pixels, and its standard error."""
+    each = (x - reference).double().square().flatten(1).mean(1)
+    value = float(each.mean().sqrt())
+    return value, float(each.std()) / math.sqrt(len(each)) / (2 * value)
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """Digits as uint8, (n, 28, 28)."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)[:, 0]
+
+
+def paths(kept: Kept, net: nn.Module, digest: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The errors of the solvers at the end of a few paths of the network's ODE; and pictures of the ends.
+
+    The reference is DPM-Solver-3 with so many evaluations that its distance from DPM-Solver++(3M) with as
+    many, which has another formula and other errors, is far below all that is measured.
+    """
+    x, labels = few_starts()
+
+    def end(marching: Marching, evaluations: int, n: int = len(x)) -> Tensor:
+        name = f"{marching.solver!r}, {marching.steps(evaluations)} steps, {marching.spacing}, {n} starts"
+
+        def make() -> dict[str, Tensor]:
+            start = time.process_time()
+            found = marching.end(net, evaluations, x[:n], labels[:n])
+            print(f"  {name}: {time.process_time() - start:.0f} CPU s", flush=True)
+            return {"end": found}
+
+        return kept.of(f"{name}, network {digest}", make)["end"]
+
+    reference = end(Marching("", DPMSolver(3), "lam", 3), REFERENCE_EVALUATIONS)
+    gap, _ = rms(end(Marching("", DPMSolverPP3M()), REFERENCE_EVALUATIONS), reference)
+    print(f"  two solvers with {REFERENCE_EVALUATIONS} evaluations: {gap:.2g} apart", flush=True)
+    lines, pictures = [], {"reference": reference.half()}
+    for marching in SOLVERS:
+        for n in PATH_EVALUATIONS:
+            if steps := marching.steps(n):
+                value, error = rms(end(marching, n), reference)
+                lines.append(
+                    {
+                        "method": marching.name,
+                        "grid": str(marching.spacing),
+                        "evaluations": n,
+                        "used": steps * marching.calls,
+                        "rms": value,
+                        "standard_error": error,
+                    }
+                )
+                print(f"  {marching.name}, {n}: {value:.2g} from the trajectory", flush=True)
+        for n in PICTURED:
+            pictures[f"{marching.name}, {n}"] = to_bytes(end(marching, n)[:CLASSES])
+        pictures[f"{marching.name}, {FINEST}"] = to_bytes(end(marching, FINEST, CLASSES))
+    of_reference = {"evaluations": REFERENCE_EVALUATIONS, "gap": gap, "starts": len(x)}
+    return {"reference": of_reference, "paths": lines}, pictures
+
+
+def floor_of(digest: str) -> dict[str, Any]:
+    """The floor at n = 1,000 in the features of this classifier, from the benchmark `digits`.
+
+    Raises ValueError where that was measured with another classifier.
+    """
+    other = json.loads((RESULTS / "digits.json").read_text())
+    if other["networks"][CLASSIFIER.name] != digest:
+        raise ValueError("the floor is another classifier's: run `python -m benchmarks digits` first")
+    (found,) = [f for f in other["floors"] if f["n"] == BLOCK]
+    return {key: found[key] for key in ("n", "draws", "fd", "deviation")}
+
+
+def measure(out: Path = RESULTS, kept: Path | None = None) -> dict[str, Any]:
+    """Paths and samples of every method; prints as it goes, and writes pictures into the folder `out`.
+
+    What is measured is kept in a file, `kept`, and is not measured again while solver, grid and network are
+    the same: delete the file for that.
+    """
+    known, net, classifier = mnist("train", full=True)[1].long(), MNIST.load(), CLASSIFIER.load()
+    digests = {name: weights.shipped(name)[1]["digest"] for name in (MNIST.name, CLASSIFIER.name)}
+    held = Kept(kept or KEPT, {"classifier": digests[CLASSIFIER.name]})
+    test, floor = statistics(classifier), floor_of(digests[CLASSIFIER.name])
+    of_paths, pictures = paths(held, net, digests[MNIST.name])
+    noise = [starts(known, seed) for seed in range(GOAL_BLOCKS)]
+    pictures["labels"] = noise[0][1].to(torch.uint8)
+    rows = []
+    for method in methods(net, digests[MNIST.name]):
+        found = []
+        for seed in range(method.blocks):
+            x, labels = noise[seed]
+            make = partial(block, method, x, labels, test)
+            found.append(held.of(f"{method.made}, seed {seed}", make))
+        rows.append(row(method, found, floor["fd"]))
+        r = rows[-1]
+        print(
+            f"  {r['method']}, {r['evaluations']}: FD {r['fd']:.3g} +- {r['standard_error']:.2g}, accuracy "
+            f"{r['accuracy']:.1%}, {1000 * r['seconds_per_image']:.0f} ms an image",
+            flush=True,
+        )
+    (teacher,) = [r for r in rows if (r["method"], r["evaluations"]) == TEACHER]
+    rows = [r | beside_teacher(r, teacher) for r in rows]
+    order = {name: k for k, name in enumerate(dict.fromkeys(r["method"] for r in rows))}
+    digest = weights.digest(pictures)
+    weights.write(out / PICTURES, pictures, {"digest": digest})
+    return {
+        "problem": "MNIST, class-conditional, guidance 1; FD at n = 1,000 in the shipped classifier's "
+        "features against the 10,000 test images; labels drawn from the training set's; the same starts "
+        "for all",
+        "networks": digests,
+        "pictures": {"file": PICTURES, "digest": digest},
+        "floor": floor,
+        "teacher": list(TEACHER),
+        **of_paths,
+        "rows": sorted(rows, key=lambda r: (order[r["method"]], r["evaluations"])),
+    }
+
+
+HEADS = (
+    "digits",
+    "grid",
+    "calls",
+    "used",
+    "FD",
+    "+-",
+    "floors",
+    "best seen",
+    "of teacher",
+    "+-",
+    "goal",
+    "accuracy",
+    "ms",
+)
+
+
+def show(results: dict[str, Any]) -> str:
+    """The results as tables beside the goals."""
+
+    def number(value: float | None, form: str = ".3g") -> str:
+        return "" if value is None else format(value, form)
+
+    samples = table(
+        [*HEADS],
+        [
+            [
+                r["method"],
+                r["grid"],
+                r["evaluations"],
+                r["used"],
+                number(r["fd"]),
+                number(r["standard_error"], ".2g"),
+                number(r["over_floor"], ".2f"),
+                number(r["best_seen_over_floor"], ".2f"),
+                number(r["over_teacher"], ".2f"),
+                number(r["over_teacher_error"], ".2g"),
+                number(r["goal"]),
+                number(r["accuracy"], ".1%"),
+                number(1000 * r["seconds_per_image"], ".0f"),
+            ]
+            for r in results["rows"]
+        ],
+    )
+    lines = results["paths"]
+    evaluations = sorted({p["evaluations"] for p in lines})
+    by = {(p["method"], p["evaluations"]): p["rms"] for p in lines}
+    names = dict.fromkeys(p["method"] for p in lines)
+    errors = table(
+        ["RMS from the trajectory", *map(str, evaluations)],
+        [[name, *(number(by.get((name, n)), ".2g") for n in evaluations)] for name in names],
+    )
+    f, t, ref = results["floor"], results["teacher"], results["reference"]
+    return (
+        f"{samples}\nFloor {f['fd']:.3g} at n = {f['n']}; the teacher is {t[0]} with {t[1]} evaluations\n\n"
+        f"{errors}\nReference: {ref['evaluations']} evaluations, two solvers {ref['gap']:.2g} apart"
+    )
