@@ -7,24 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.digit_paths import SOLVERS, Marching, paths
 from benchmarks.digits import BLOCK, CHUNK, starts
 from benchmarks.kept import Kept
 from benchmarks.report import RESULTS, table
-from benchmarks.training import seeded
 from diffedu import weights
 from diffedu.classifier import CLASSIFIER
 from diffedu.data import mnist
 from diffedu.digit_metrics import accuracy, features, statistics
-from diffedu.digits import CLASSES, MNIST, SIDE
-from diffedu.exponential import DDIM, DEIS, DPMSolver, DPMSolverPP2M, DPMSolverPP3M
+from diffedu.digits import MNIST
 from diffedu.metrics import Moments, frechet_distance, moments
-from diffedu.sampling import Solver, prior, sample
-from diffedu.solvers import Euler, Heun
 
 GROUPS = 20  # of a block, for the standard error of its distance by the jackknife
 GOAL_FLOOR = 1.77  # of the goals' distances, which are in the features of another classifier
@@ -32,34 +29,6 @@ KEPT = RESULTS / "digit_steps.kept"
 PICTURES = "digit_steps.safetensors"
 
 
-class Marching(NamedTuple):
-    """A solver of the base network's ODE on its grid."""
-
-    name: str
-    solver: Solver
-    spacing: str | float = "lam"
-    calls: int = 1  # evaluations a step
-
-    def steps(self, evaluations: int) -> int:
-        """How many steps so many evaluations pay for; what is left over is not spent."""
-        return evaluations // self.calls
-
-    def end(self, net: nn.Module, evaluations: int, x: Tensor, labels: Tensor) -> Tensor:
-        """Where it leads digits of these labels from x at t_max."""
-        ts = MNIST.schedule.grid(self.steps(evaluations), self.spacing)
-        with torch.no_grad():
-            return sample(MNIST.denoiser(net, labels), self.solver, x, ts)
-
-
-SOLVERS = [
-    Marching("Euler", Euler(), "t"),
-    Marching("Heun", Heun(), "t", 2),
-    Marching("DDIM", DDIM()),
-    Marching("DPM-Solver-2", DPMSolver(2), "lam", 2),
-    Marching("DPM-Solver-3", DPMSolver(3), "lam", 3),
-    Marching("DPM-Solver++(2M)", DPMSolverPP2M()),
-    Marching("DEIS(3)", DEIS(3), 2),  # chapter 10's choice for ten evaluations
-]
 # Evaluations of the samples whose distance is taken; those of the last rows are the expensive ones.
 EVALUATIONS = (1, 2, 3, 5, 10, 20)
 MANY = [
@@ -70,12 +39,6 @@ MANY = [
     ("DEIS(3)", 50),
     ("Heun", 50),
 ]
-# Evaluations of the paths from a few starts to the exact trajectory, and of pictures of some of them alone
-PATH_EVALUATIONS = (*EVALUATIONS, 50, 200)
-PICTURED, FINEST = (50, 200), 1000
-PER_CLASS = 2  # starts of each class
-REFERENCE_EVALUATIONS = 600
-
 # Distances over that of the teacher's samples, the same starts and labels: to be at most the goal
 TEACHER = ("DPM-Solver++(2M)", 50)
 GOALS: dict[tuple[str, int], float] = {("DPM-Solver++(2M)", 5): 1.15}
@@ -197,69 +160,6 @@ def beside_teacher(line: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
         error = float((ours - ratio * theirs).std() / theirs.mean()) / math.sqrt(both)
     goal = GOALS.get((line["method"], line["evaluations"]))
     return {"over_teacher": ratio, "over_teacher_error": error, "goal": goal}
-
-
-def few_starts() -> tuple[Tensor, Tensor]:
-    """Noise for the paths, (20, 1, 28, 28), and its labels: 0 ... 9, twice."""
-    labels = torch.arange(CLASSES).repeat(PER_CLASS)
-    return prior(MNIST.schedule, (len(labels), 1, SIDE, SIDE), seeded(41_000)), labels
-
-
-def rms(x: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Root of the mean square of x - reference over images and pixels, and its standard error."""
-    each = (x - reference).double().square().flatten(1).mean(1)
-    value = float(each.mean().sqrt())
-    return value, float(each.std()) / math.sqrt(len(each)) / (2 * value)
-
-
-def to_bytes(x: Tensor) -> Tensor:
-    """Digits as uint8, (n, 28, 28)."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)[:, 0]
-
-
-def paths(kept: Kept, net: nn.Module, digest: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The errors of the solvers at the end of a few paths of the network's ODE; and pictures of the ends.
-
-    The reference is DPM-Solver-3 with so many evaluations that its distance from DPM-Solver++(3M) with as
-    many, which has another formula and other errors, is far below all that is measured.
-    """
-    x, labels = few_starts()
-
-    def end(marching: Marching, evaluations: int, n: int = len(x)) -> Tensor:
-        name = f"{marching.solver!r}, {marching.steps(evaluations)} steps, {marching.spacing}, {n} starts"
-
-        def make() -> dict[str, Tensor]:
-            start = time.process_time()
-            found = marching.end(net, evaluations, x[:n], labels[:n])
-            print(f"  {name}: {time.process_time() - start:.0f} CPU s", flush=True)
-            return {"end": found}
-
-        return kept.of(f"{name}, network {digest}", make)["end"]
-
-    reference = end(Marching("", DPMSolver(3), "lam", 3), REFERENCE_EVALUATIONS)
-    gap, _ = rms(end(Marching("", DPMSolverPP3M()), REFERENCE_EVALUATIONS), reference)
-    print(f"  two solvers with {REFERENCE_EVALUATIONS} evaluations: {gap:.2g} apart", flush=True)
-    lines, pictures = [], {"reference": reference.half()}
-    for marching in SOLVERS:
-        for n in PATH_EVALUATIONS:
-            if steps := marching.steps(n):
-                value, error = rms(end(marching, n), reference)
-                lines.append(
-                    {
-                        "method": marching.name,
-                        "grid": str(marching.spacing),
-                        "evaluations": n,
-                        "used": steps * marching.calls,
-                        "rms": value,
-                        "standard_error": error,
-                    }
-                )
-                print(f"  {marching.name}, {n}: {value:.2g} from the trajectory", flush=True)
-        for n in PICTURED:
-            pictures[f"{marching.name}, {n}"] = to_bytes(end(marching, n)[:CLASSES])
-        pictures[f"{marching.name}, {FINEST}"] = to_bytes(end(marching, FINEST, CLASSES))
-    of_reference = {"evaluations": REFERENCE_EVALUATIONS, "gap": gap, "starts": len(x)}
-    return {"reference": of_reference, "paths": lines}, pictures
 
 
 def floor_of(digest: str) -> dict[str, Any]:
