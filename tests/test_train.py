@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from diffedu import train, weights
+from diffedu.digit_students import MNIST_CONSISTENCY, MNIST_DISTILLED
 from diffedu.digits import MNIST
 from diffedu.networks import MLP
 from diffedu.refinement import Refinement
@@ -36,8 +37,12 @@ def short(monkeypatch):
             student = getattr(train, f"{name}_{kind}")
             few = replace(student, teacher=small, recipe=recipe, division=Refinement(20, 2, 4))
             monkeypatch.setattr(train, f"{name}_{kind}", few)
-    digits = replace(MNIST, batch=4, recipe=Recipe(steps=4, lr=1e-3, ema=0.9, beta2=0.99, warmup=1))
-    monkeypatch.setattr(train, "MNIST", digits)
+    few = Recipe(steps=4, lr=1e-3, ema=0.9, beta2=0.99, warmup=1)
+    monkeypatch.setattr(train, "MNIST", replace(MNIST, batch=4, recipe=few))
+    halving = replace(MNIST_DISTILLED, batch=4, generations=((2, few), (1, few)))
+    monkeypatch.setattr(train, "MNIST_DISTILLED", halving)
+    consistency = replace(MNIST_CONSISTENCY, batch=4, recipe=few, division=Refinement(4, 2, 4))
+    monkeypatch.setattr(train, "MNIST_CONSISTENCY", consistency)
 
 
 STUDENTS = [
@@ -134,6 +139,32 @@ def test_the_digits_command_takes_its_budget_in_images_and_keeps_a_log(short, tm
             assert picture.size == (8 * 28, 7 * 28)  # fifty digits
 
 
+def test_the_students_command_writes_a_file_and_a_log_for_each_generation(short, tmp_path, capsys):
+    out, log = tmp_path / "net.safetensors", tmp_path / "run.jsonl"
+    options = ["--images", "16", "--log", str(log), "--subset", "--device", "cpu", "--out", str(out)]
+    assert train.main(["mnist-distill", *options]) == 0
+    said = capsys.readouterr().out
+    for n in (2, 1):
+        tensors, made = weights.read(tmp_path / f"net-{n}.safetensors")
+        command = "python -m diffedu.train mnist-distill --seed 0 --images 16 --batch 4 --subset"
+        assert made["command"] == command
+        assert made["digest"] == weights.digest(tensors)
+        assert made["digest"][:16] in said
+        (line,) = (tmp_path / f"run-{n}.jsonl").read_text().splitlines()
+        assert json.loads(line)["samples"] == 8
+
+
+def test_the_consistency_command_writes_one_file(short, tmp_path):
+    out = tmp_path / "net.safetensors"
+    options = ["--images", "8", "--lr", "2e-3", "--subset", "--device", "cpu", "--out", str(out)]
+    assert train.main(["mnist-consistency", *options]) == 0
+    tensors, made = weights.read(out)
+    command = "python -m diffedu.train mnist-consistency --seed 0 --images 8 --batch 4"
+    assert made["command"] == f"{command} --lr 0.002 --ema 0.9 --subset"
+    assert made["digest"] == weights.digest(tensors)
+    assert tensors.keys() == weights.shipped("mnist")[0].keys()
+
+
 def test_a_killed_digits_command_ends_where_an_unbroken_one_ends(short, tmp_path):
     whole = digits(tmp_path)
     state = tmp_path / "state.safetensors"
@@ -152,16 +183,18 @@ def test_a_killed_digits_command_ends_where_an_unbroken_one_ends(short, tmp_path
     assert resumed[1]["digest"] == whole[1]["digest"]
 
 
-def test_two_processes_make_the_network_that_one_makes(tmp_path):
+@pytest.mark.parametrize("training", [MNIST, MNIST_CONSISTENCY])
+def test_two_processes_make_the_network_that_one_makes(training, tmp_path):
     """Same global batches, same gradients: what accelerate launches, and one process, write one network."""
-    options = ["mnist", "--subset", "--device", "cpu", "--images", "24", "--batch", "8", "--ema", "0"]
+    options = [training.name, "--subset", "--device", "cpu", "--images", "24", "--batch", "8", "--ema", "0"]
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     state = tmp_path / "two-state.safetensors"
     script = tmp_path / "single.py"  # without bf16, whose rounding depends on the batch
     script.write_text(
-        "import contextlib, sys\nfrom diffedu import digits, train\n"
-        "digits.half_precision = lambda device: contextlib.nullcontext()\n"
+        "import contextlib, sys\nfrom diffedu import digit_students, digits, train\n"
+        "for module in (digit_students, digits):\n"
+        "    module.half_precision = lambda device: contextlib.nullcontext()\n"
         "sys.exit(train.main(sys.argv[1:]))\n"
     )
     for name, way in (("two", [*launch, str(script)]), ("one", [str(script)])):
@@ -180,7 +213,7 @@ def test_two_processes_make_the_network_that_one_makes(tmp_path):
     assert state.exists()
     torch.testing.assert_close(two["losses"], one["losses"], rtol=1e-5, atol=0)
     assert torch.equal(two["generator"], one["generator"])
-    start = MNIST.untrained(0).state_dict()
+    start = dict(training.start(0).requires_grad_(False).named_parameters())
     for name in one:
         if name.endswith("exp_avg"):  # linear in the gradients, as the weights are not
             assert float((two[name] - one[name]).norm()) <= 1e-3 * float(one[name].norm()) + 1e-9, name
@@ -259,5 +292,5 @@ def test_help_names_every_network():
         [sys.executable, "-m", "diffedu.train", "--help"], capture_output=True, text=True, check=True
     )
     names = [network.name for network in train.networks()]
-    assert len(names) == 10
+    assert len(names) == 12
     assert all(name in done.stdout for name in names)
