@@ -212,7 +212,7 @@ MNIST_DISTILLED = DigitsDistilled(
 MNIST_CONSISTENCY = DigitsConsistency(
     "mnist-consistency",
     MNIST,
-    Recipe(1500, lr=8e-4, ema=0.995, beta2=0.99, warmup=20),
-    Refinement(1500, 6, 16, 0.95),
-    restarts=((), (10,)),
+    _recipe(1500, 1e-3, 0.995),
+    Refinement(1500, 5, 10, 0.9),
+    restarts=((), (6,)),
 )
