@@ -3,19 +3,21 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
-from benchmarks.digit_paths import SOLVERS, Marching, paths
+from benchmarks import digit_few
+from benchmarks.digit_methods import Method, marched
+from benchmarks.digit_paths import SOLVERS, paths
 from benchmarks.digits import BLOCK, CHUNK, starts
 from benchmarks.kept import Kept
 from benchmarks.report import RESULTS, table
+from benchmarks.training import seeded
 from diffedu import weights
 from diffedu.classifier import CLASSIFIER
 from diffedu.data import mnist
@@ -54,49 +56,23 @@ BEST_SEEN = {  # Fréchet distance at n = 1,000
 }
 
 
-@dataclass(frozen=True)
-class Method:
-    """A way to draw digits: `draw` takes noise x (B, 1, 28, 28) at t_max and labels (B,) to digits.
-
-    `used` are the evaluations that it spends of those allowed, `made` says to the letter what it is, with
-    the digest of its network: what is measured is kept for as long as that is the same.
-    """
-
-    name: str
-    evaluations: int
-    used: int
-    grid: str
-    made: str
-    draw: Callable[[Tensor, Tensor], Tensor]
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks of 1,000 samples: more where a goal asks for a ratio."""
-        return GOAL_BLOCKS if (self.name, self.evaluations) in {TEACHER, *GOALS} else 1
-
-
-def marched(marching: Marching, evaluations: int, net: nn.Module, digest: str) -> Method:
-    """The base network's digits by a solver."""
-    steps = marching.steps(evaluations)
-
-    def draw(x: Tensor, labels: Tensor) -> Tensor:
-        return marching.end(net, evaluations, x, labels)
-
-    return Method(
-        marching.name,
-        evaluations,
-        steps * marching.calls,
-        str(marching.spacing),
-        f"{marching.solver!r}, {steps} steps, {marching.spacing}, network {digest}",
-        draw,
-    )
-
-
 def methods(net: nn.Module, digest: str) -> list[Method]:
-    """All that are measured, the cheap ones first; students of the base network go at the end."""
+    """All solvers that are measured, the cheap ones first."""
     by_name = {m.name: m for m in SOLVERS}
     few = [(m.name, n) for n in EVALUATIONS for m in SOLVERS if m.steps(n)]
     return [marched(by_name[name], n, net, digest) for name, n in [*few, *MANY]]
+
+
+def teacher_of(key: tuple[str, int]) -> tuple[str, int]:
+    """The method, by name and evaluations, beside whose distance that of another is put."""
+    few = {method for method, _ in digit_few.GOALS} | {digit_few.UNDISTILLED.name}
+    return digit_few.TEACHER if key[0] in few else TEACHER
+
+
+def blocks_of(key: tuple[str, int]) -> int:
+    """How many blocks of 1,000 samples: more where a goal asks for a ratio."""
+    many = {TEACHER, digit_few.TEACHER, *GOALS, *digit_few.GOALS}
+    return GOAL_BLOCKS if key in many else 1
 
 
 def jackknife(seen: Tensor, test: Moments) -> float:
@@ -107,11 +83,13 @@ def jackknife(seen: Tensor, test: Moments) -> float:
     return math.sqrt(float(spread) * (GROUPS - 1))
 
 
-def block(method: Method, x: Tensor, labels: Tensor, test: Moments) -> dict[str, Tensor]:
+def block(
+    method: Method, x: Tensor, labels: Tensor, generator: Generator, test: Moments
+) -> dict[str, Tensor]:
     """Distance, its standard error, class accuracy and CPU seconds per image of a block of samples."""
     start = time.process_time()
     parts = zip(torch.split(x, CHUNK), torch.split(labels, CHUNK), strict=True)
-    digits = torch.cat([method.draw(a, b) for a, b in parts]).clamp(-1, 1)
+    digits = torch.cat([method.draw(a, b, generator) for a, b in parts]).clamp(-1, 1)
     seconds = (time.process_time() - start) / len(x)
     seen = features(digits)
     numbers = {
@@ -128,7 +106,7 @@ def row(method: Method, blocks: Sequence[dict[str, Tensor]], floor: float) -> di
     fds, errors, right, seconds = (
         torch.stack([b[key] for b in blocks]) for key in ("fd", "error", "accuracy", "seconds")
     )
-    best = BEST_SEEN.get((method.name, method.evaluations))
+    best = (BEST_SEEN | digit_few.BEST_SEEN).get(method.key)
     return {
         "method": method.name,
         "grid": method.grid,
@@ -158,7 +136,7 @@ def beside_teacher(line: dict[str, Any], teacher: dict[str, Any]) -> dict[str, A
     error = None
     if both > 1:
         error = float((ours - ratio * theirs).std() / theirs.mean()) / math.sqrt(both)
-    goal = GOALS.get((line["method"], line["evaluations"]))
+    goal = (GOALS | digit_few.GOALS).get((line["method"], line["evaluations"]))
     return {"over_teacher": ratio, "over_teacher_error": error, "goal": goal}
 
 
@@ -181,18 +159,19 @@ def measure(out: Path = RESULTS, kept: Path | None = None) -> dict[str, Any]:
     the same: delete the file for that.
     """
     known, net, classifier = mnist("train", full=True)[1].long(), MNIST.load(), CLASSIFIER.load()
-    digests = {name: weights.shipped(name)[1]["digest"] for name in (MNIST.name, CLASSIFIER.name)}
+    names = (MNIST.name, CLASSIFIER.name, *digit_few.files())
+    digests = {name: weights.shipped(name)[1]["digest"] for name in names}
+    digest = digests[MNIST.name]
     held = Kept(kept or KEPT, {"classifier": digests[CLASSIFIER.name]})
     test, floor = statistics(classifier), floor_of(digests[CLASSIFIER.name])
-    of_paths, pictures = paths(held, net, digests[MNIST.name])
+    of_paths, pictures = paths(held, net, digest)
     noise = [starts(known, seed) for seed in range(GOAL_BLOCKS)]
     pictures["labels"] = noise[0][1].to(torch.uint8)
     rows = []
-    for method in methods(net, digests[MNIST.name]):
+    for method in [*methods(net, digest), *digit_few.methods(net, digest)]:
         found = []
-        for seed in range(method.blocks):
-            x, labels = noise[seed]
-            make = partial(block, method, x, labels, test)
+        for seed in range(blocks_of(method.key)):
+            make = partial(block, method, *noise[seed], seeded(50_000 + seed), test)
             found.append(held.of(f"{method.made}, seed {seed}", make))
         rows.append(row(method, found, floor["fd"]))
         r = rows[-1]
@@ -201,17 +180,20 @@ def measure(out: Path = RESULTS, kept: Path | None = None) -> dict[str, Any]:
             f"{r['accuracy']:.1%}, {1000 * r['seconds_per_image']:.0f} ms an image",
             flush=True,
         )
-    (teacher,) = [r for r in rows if (r["method"], r["evaluations"]) == TEACHER]
-    rows = [r | beside_teacher(r, teacher) for r in rows]
+    by_key = {(r["method"], r["evaluations"]): r for r in rows}
+    rows = []
+    for key, r in by_key.items():
+        teacher = teacher_of(key)
+        rows.append(r | {"teacher": list(teacher)} | beside_teacher(r, by_key[teacher]))
     order = {name: k for k, name in enumerate(dict.fromkeys(r["method"] for r in rows))}
-    digest = weights.digest(pictures)
-    weights.write(out / PICTURES, pictures, {"digest": digest})
+    own = weights.digest(pictures)
+    weights.write(out / PICTURES, pictures, {"digest": own})
     return {
         "problem": "MNIST, class-conditional, guidance 1; FD at n = 1,000 in the shipped classifier's "
         "features against the 10,000 test images; labels drawn from the training set's; the same starts "
         "for all",
         "networks": digests,
-        "pictures": {"file": PICTURES, "digest": digest},
+        "pictures": {"file": PICTURES, "digest": own},
         "floor": floor,
         "teacher": list(TEACHER),
         **of_paths,
@@ -271,8 +253,10 @@ def show(results: dict[str, Any]) -> str:
         ["RMS from the trajectory", *map(str, evaluations)],
         [[name, *(number(by.get((name, n)), ".2g") for n in evaluations)] for name in names],
     )
-    f, t, ref = results["floor"], results["teacher"], results["reference"]
+    f, ref = results["floor"], results["reference"]
+    few = digit_few.TEACHER[1]
     return (
-        f"{samples}\nFloor {f['fd']:.3g} at n = {f['n']}; the teacher is {t[0]} with {t[1]} evaluations\n\n"
+        f"{samples}\nFloor {f['fd']:.3g} at n = {f['n']}; the teacher is {TEACHER[0]} with {TEACHER[1]} "
+        f"evaluations, of students and of DDIM on their grid with {few}\n\n"
         f"{errors}\nReference: {ref['evaluations']} evaluations, two solvers {ref['gap']:.2g} apart"
     )
