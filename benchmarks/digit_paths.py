@@ -95,7 +95,7 @@ def paths(kept: Kept, net: nn.Module, digest: str) -> tuple[dict[str, Any], dict
     seen = features(reference.clamp(-1, 1))
     gap, _ = rms(end(Marching("", DPMSolverPP3M()), REFERENCE_EVALUATIONS), reference)
     print(f"  two solvers with {REFERENCE_EVALUATIONS} evaluations: {gap:.2g} apart", flush=True)
-    lines, pictures = [], {"reference": reference.half()}
+    lines, pictures = [], {"reference": reference}
     for marching in SOLVERS:
         for n in EVALUATIONS:
             if steps := marching.steps(n):
