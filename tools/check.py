@@ -17,6 +17,8 @@ from steps import step
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NEED_THE_SITE = ["tests/book/test_links.py", "tests/book/test_browser.py"]
+# The book's build executes every notebook as well; these take minutes, so once is enough from day to day.
+LONG = ["05-*", "11-*", "12-*", "13-*", "14-*", "15-*"]
 TIMED = "tests/book/test_browser.py::test_a_page_is_ready_in_time"  # needs the machine for itself
 
 
@@ -28,6 +30,7 @@ def commands(fast: bool) -> dict[str, list[list[str]]]:
     timed = [] if fast else [[str(BIN / "pytest"), "--quiet", TIMED]]
     without_site = [f"--ignore={path}" for path in NEED_THE_SITE]
     notebooks = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", "--dist=loadfile"]
+    notebooks += [f"--ignore-glob=*/{name}.ipynb" for name in LONG]
     return {
         "Style": [
             [str(BIN / "ruff"), "check", "--quiet"],
