@@ -15,9 +15,17 @@ from diffedu.exponential import DDIM, DEIS, DPMSolver, DPMSolverPP2M, DPMSolverP
 from diffedu.sampling import Solver, prior, sample
 from diffedu.solvers import Euler, Heun
 
+# A grid is uniform in lam between these values, which were chosen on starts that are not measured.
+DECISIVE = (-3.0, 4.0)
+JUMPS = "jumps to {:g}, from {:g}".format(*DECISIVE)  # its name
+
 
 class Marching(NamedTuple):
-    """A solver of the base network's ODE on its grid."""
+    """A solver of the base network's ODE on its grid: one of the schedule's spacings, or JUMPS.
+
+    That is uniform in lam where the guess of the digit changes, with one long step on either side: what
+    stands still costs an exponential step no error.
+    """
 
     name: str
     solver: Solver
@@ -28,11 +36,19 @@ class Marching(NamedTuple):
         """How many steps so many evaluations pay for; what is left over is not spent."""
         return evaluations // self.calls
 
+    def times(self, evaluations: int) -> list[float]:
+        """The times of its steps, from t_max down to t_min."""
+        schedule, steps = MNIST.schedule, self.steps(evaluations)
+        if self.spacing != JUMPS:
+            return [float(t) for t in schedule.grid(steps, self.spacing)]
+        low, high = DECISIVE
+        inner = torch.linspace(low, high, steps - 1, dtype=torch.float64).tolist()
+        return [schedule.t_max, *map(schedule.t_of_lam, inner), schedule.t_min]
+
     def end(self, net: nn.Module, evaluations: int, x: Tensor, labels: Tensor) -> Tensor:
         """Where it leads digits of these labels from x at t_max."""
-        ts = MNIST.schedule.grid(self.steps(evaluations), self.spacing)
         with torch.no_grad():
-            return sample(MNIST.denoiser(net, labels), self.solver, x, ts)
+            return sample(MNIST.denoiser(net, labels), self.solver, x, self.times(evaluations))
 
 
 SOLVERS = [
@@ -44,6 +60,7 @@ SOLVERS = [
     Marching("DPM-Solver++(2M)", DPMSolverPP2M()),
     Marching("DEIS(3)", DEIS(3), 2),  # chapter 10's choice for ten evaluations
 ]
+JUMPING = Marching("DPM-Solver++(2M), jumps", DPMSolverPP2M(), JUMPS)
 # Evaluations of the paths from a few starts to the exact trajectory, and of pictures of some of them alone
 EVALUATIONS = (1, 2, 3, 5, 10, 20, 50, 200)
 PICTURED, FINEST = (50, 200), 1000
