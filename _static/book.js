@@ -13,3 +13,8 @@
     document.querySelectorAll(".bd-article div.math, .bd-article").forEach((box) => watch.observe(box));
   });
 })();
+
+// Mathematics waits until the page is read: compiling MathJax would hold up the first key press on a slider.
+for (const { href } of document.querySelectorAll('link[rel="preload"][href$="mathjax.js"]')) {
+  document.head.append(Object.assign(document.createElement("script"), { src: href }));
+}

@@ -30,6 +30,14 @@
     shown[theme] = next;
   }
 
+  // A picture is put as soon as it is loaded: to wait for its decoding would take one frame more.
+  function show(theme, frame) {
+    const next = image(theme, frame);
+    const here = () => index(position()) === frame && put(theme, frame);
+    if (next.complete) here();
+    else next.addEventListener("load", here, { once: true });
+  }
+
   let later = 0;
   function update() {
     const where = position();
@@ -41,24 +49,23 @@
       input.style.setProperty("--de-fill", (100 * where[axis]) / (shape[axis] - 1) + "%");
       values[axis].textContent = label;
     });
-    for (const theme of [0, 1]) {
-      const next = image(theme, frame);
-      if (next.complete) put(theme, frame);
-      else next.decode().catch(() => {}).then(() => index(position()) === frame && put(theme, frame));
-    }
+    const visible = getComputedStyle(shown[1]).display === "none" ? 0 : 1;
+    show(visible, frame);
     if (caption.textContent !== captions[frame]) caption.textContent = captions[frame];
     clearTimeout(later);
-    later = setTimeout(prepare, 0, where); // after this picture is painted
+    later = setTimeout(() => { // after this picture is painted
+      show(1 - visible, frame);
+      if (document.readyState === "complete") prepare(where, visible);
+    });
   }
 
   // The pictures one step away are decoded before the key is pressed.
-  function prepare(where) {
-    const visible = getComputedStyle(shown[1]).display === "none" ? 0 : 1;
+  function prepare(where, theme) {
     shape.forEach((size, axis) => {
       for (const k of [where[axis] + 1, where[axis] - 1, 0, size - 1]) {
         if (k < 0 || k >= size) continue;
         const near = index(where.map((v, a) => (a === axis ? k : v)));
-        image(visible, near).decode().catch(() => {});
+        image(theme, near).decode().catch(() => {});
       }
     });
   }
@@ -87,7 +94,8 @@
   if (button) button.addEventListener("click", play);
   root.querySelector(".de-controls").hidden = false;
   update();
-  const rest = () => frames.forEach((_, frame) => [0, 1].forEach((theme) => image(theme, frame)));
+  // While the page loads, only what is looked at is made; then the rest: loading is cheap, decoding is not.
+  const rest = () => (update(), frames.forEach((_, frame) => [0, 1].forEach((theme) => image(theme, frame))));
   if (document.readyState === "complete") rest();
-  else addEventListener("load", () => setTimeout(rest, 200)); // loading is cheap, decoding is not
+  else addEventListener("load", () => setTimeout(rest, 200));
 })

@@ -2,7 +2,7 @@
 
 - each executed page says how long it ran, and on what;
 - MathJax comes from the installed package, only the parts that are used;
-- no script that a page does not need, one stylesheet (`slim`);
+- no script that a page does not need, one stylesheet, one script run last (`slim`, `scripts`);
 - solutions are native ``<details>``, `align*` reaches MathJax untouched;
 - docstrings are plain text, in which `Equations: eq-slug` links to the equation.
 """

@@ -15,6 +15,8 @@ from typing import Any
 import tinycss2
 from fontTools import subset, ttLib
 
+from scripts import as_ascii, join_scripts
+
 NAME = re.compile(r"[.#](-?[A-Za-z_](?:[\w-]|\\.)*)")
 OPTIONAL = re.compile(r":(?:not|is|where|has)\((?:[^()]|\([^()]*\))*\)")
 NAMES_NOTHING = {"bootstrap.js", "design-tabs.js", "mathjax", "searchindex.js", "vendor"}
@@ -140,7 +142,7 @@ def trim(page: str) -> str:
     page = re.sub(r'<span class="pre">([^<]*)</span>', r"\1", page)
     page = page.replace(' role="doc-biblioentry"', ' role="listitem"')
     page = page.replace('container">Binder<', 'container">JupyterLab on Binder<')
-    return re.sub(r'<img (?=alt="[^"]* logo")', '<img loading="lazy" ', page)
+    return as_ascii(re.sub(r'<img (?=alt="[^"]* logo")', '<img loading="lazy" ', page))
 
 
 def slim(site: Path, sheets: Sequence[str]) -> None:
@@ -163,3 +165,4 @@ def slim(site: Path, sheets: Sequence[str]) -> None:
     shutil.rmtree(static / "vendor")
     for leftover in (f for kind in ("*.map", "*.scss", "*macros.html") for f in static.rglob(kind)):
         leftover.unlink()
+    join_scripts(site)
