@@ -32,15 +32,8 @@ PICTURES = "digit_steps.safetensors"
 
 
 # Evaluations of the samples whose distance is taken; those of the last rows are the expensive ones.
-EVALUATIONS = (1, 2, 3, 5, 10, 20)
-MANY = [
-    ("DPM-Solver++(2M)", 50),
-    ("DDIM", 50),
-    ("DPM-Solver-3", 50),
-    ("DPM-Solver++(2M)", 100),
-    ("DEIS(3)", 50),
-    ("Heun", 50),
-]
+EVALUATIONS = (1, 2, 3, 5, 10)
+MANY = [*((m.name, 20) for m in SOLVERS), ("DPM-Solver++(2M)", 50)]
 # Distances over that of the teacher's samples, the same starts and labels: to be at most the goal
 TEACHER = ("DPM-Solver++(2M)", 50)
 GOALS = {(JUMPING.name, 5): 1.15}
