@@ -12,10 +12,10 @@ OWN = {"searchtools.js", "language_data.js"}  # of the search page alone
 SCRIPT = re.compile(r'<script src="([^"]*?)_static/([^"?]+\.js)[^"]*"></script>\n?')
 INDEX = '<script src="searchindex.js"'
 MATHJAX = re.compile(r'<script defer="defer" src="([^"]*mathjax\.js)[^"]*"></script>')
-PAGE_NAME = re.compile(
-    r"<script>DOCUMENTATION_OPTIONS\.pagename[^<]*</script>\n?"
-)  # for a switch of versions
+# For a switch of versions, which this site has not.
+PAGE_NAME = re.compile(r"<script>DOCUMENTATION_OPTIONS\.pagename[^<]*</script>\n?")
 
+NEAR = 100_000  # characters of the page before its first slider; further down, the text is painted at once
 EXPLORER = re.compile(r'<div class="de-explorer" id="([^"]*)"')
 # Half-read pages are not painted, each time at the cost of a layout, if the whole is there soon.
 PAINT_TOGETHER = """<link rel="expect" blocking="render" href="#{}">
@@ -56,8 +56,8 @@ def with_one_script(page: str, order: dict[str, None]) -> str:
 
 
 def paint_together(page: str) -> str:
-    """The page, first painted with its first slider, at work, but after 0.3 s at the latest."""
-    explorer = EXPLORER.search(page)
+    """The page, first painted with a slider near its top, at work, but after 0.3 s at the latest."""
+    explorer = EXPLORER.search(page, 0, NEAR)
     return page.replace("</head>", PAINT_TOGETHER.format(explorer[1]) + "</head>", 1) if explorer else page
 
 
