@@ -19,7 +19,7 @@ NEAR = 100_000  # characters of the page before its first slider; further down, 
 EXPLORER = re.compile(r'<div class="de-explorer" id="([^"]*)"')
 # Half-read pages are not painted, each time at the cost of a layout, if the whole is there soon.
 PAINT_TOGETHER = """<link rel="expect" blocking="render" href="#{}">
-    <script>setTimeout(() => document.querySelector("link[rel=expect]").remove(), 300);</script>
+    <script>setTimeout(() => document.querySelector("link[rel=expect]").remove(), 600);</script>
 """
 
 
@@ -56,7 +56,7 @@ def with_one_script(page: str, order: dict[str, None]) -> str:
 
 
 def paint_together(page: str) -> str:
-    """The page, first painted with a slider near its top, at work, but after 0.3 s at the latest."""
+    """The page, first painted with a slider near its top, at work, but after 0.6 s at the latest."""
     explorer = EXPLORER.search(page, 0, NEAR)
     return page.replace("</head>", PAINT_TOGETHER.format(explorer[1]) + "</head>", 1) if explorer else page
 
