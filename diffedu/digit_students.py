@@ -11,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 from diffedu import weights
 from diffedu.consistency import ConsistencyFunction, cd_loss, multistep
 from diffedu.consistency_students import Tracked
-from diffedu.denoiser import NetDenoiser
 from diffedu.digit_training import DigitTraining, Draw, half_precision
 from diffedu.digits import MNIST, DigitModel
 from diffedu.distillation import progressive_loss, require_halving, snr_plus_one, step_shares
@@ -94,15 +93,12 @@ class DigitsDistilled(DigitStudent):
     def examples(self, net: nn.Module, key: int | None = None) -> Tensor:
         """Five digits of each class in the student's steps, (50, 1, 28, 28), the same noise each time."""
         start, labels = self.teacher.example_starts(net)
-        return sample(self.denoiser(net, labels), DDIM(), start, self.grid(key or self.generations[-1][0]))
+        ts = self.grid(key or self.generations[-1][0])
+        return sample(self.teacher.denoiser(net, labels), DDIM(), start, ts)
 
     def details(self, key: int | None) -> dict[str, object]:
         """All generations."""
         return {"student_steps": key, "generations": [[n, recipe.steps] for n, recipe in self.generations]}
-
-    def denoiser(self, net: nn.Module, labels: Tensor) -> NetDenoiser:
-        """A student's network read as a v-prediction of digits of these classes, labels (B,)."""
-        return self.teacher.denoiser(net, labels)
 
     def load(self, n: int) -> UNet:
         """The student of n steps that comes with the package. Raises ValueError for one that does not."""

@@ -42,11 +42,16 @@ def test_every_row_is_there_and_was_made_by_the_shipped_networks(methods):
         assert RESULTS["networks"][name] == weights.shipped(name)[1]["digest"]
 
 
-@pytest.mark.parametrize("key", NEAR, ids=str)
-def test_a_student_comes_as_near_to_its_teacher_as_the_goal(key):
+@pytest.mark.parametrize("key", list(digit_few.GOALS), ids=str)
+def test_a_student_is_measured_beside_its_teacher_and_its_goal(key):
     assert ROWS[key]["teacher"] == list(digit_few.TEACHER)
     assert ROWS[key]["draws"] == ROWS[digit_few.TEACHER]["draws"] == digit_steps.GOAL_BLOCKS
-    assert ROWS[key]["over_teacher"] <= ROWS[key]["goal"] == digit_few.GOALS[key]
+    assert ROWS[key]["goal"] == digit_few.GOALS[key]
+
+
+@pytest.mark.parametrize("key", NEAR, ids=str)
+def test_a_student_comes_as_near_to_its_teacher_as_the_goal(key):
+    assert ROWS[key]["over_teacher"] <= ROWS[key]["goal"]
 
 
 @pytest.mark.parametrize("n", [1, 2])

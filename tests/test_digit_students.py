@@ -262,9 +262,9 @@ def test_a_distilled_step_goes_where_two_of_its_teacher_s_go():
     # the student of four steps against that of eight, from the same noise: closer than the eight's own four
     start, labels = MNIST.example_starts(MNIST.load())
     eight, four = (MNIST_DISTILLED.load(n) for n in (8, 4))
-    goal = sample(MNIST_DISTILLED.denoiser(eight, labels), DDIM(), start, MNIST_DISTILLED.grid(8))
-    taught = sample(MNIST_DISTILLED.denoiser(four, labels), DDIM(), start, MNIST_DISTILLED.grid(4))
-    untaught = sample(MNIST_DISTILLED.denoiser(eight, labels), DDIM(), start, MNIST_DISTILLED.grid(4))
+    goal = sample(MNIST.denoiser(eight, labels), DDIM(), start, MNIST_DISTILLED.grid(8))
+    taught = sample(MNIST.denoiser(four, labels), DDIM(), start, MNIST_DISTILLED.grid(4))
+    untaught = sample(MNIST.denoiser(eight, labels), DDIM(), start, MNIST_DISTILLED.grid(4))
     assert float((taught - goal).square().mean()) < 0.5 * float((untaught - goal).square().mean())
 
 
