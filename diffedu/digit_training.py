@@ -3,10 +3,9 @@
 import contextlib
 import copy
 import json
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, asdict, dataclass, fields, replace
+from dataclasses import KW_ONLY, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -121,7 +120,7 @@ class DigitTraining(ABC):
         Raises ValueError for a number below 1.
         """
         share = require_count("images", images) / self.images
-        return self.with_stages({key: _scaled(recipe, share) for key, recipe in self.stages.items()})
+        return self.with_stages({key: recipe.scaled(share) for key, recipe in self.stages.items()})
 
     def batches(self, images: Tensor, labels: Tensor, part: tuple[int, int] = (0, 1)) -> Draw:
         """Random batches of images (n, 28, 28) uint8 with labels (n,); unknown ones become `CLASSES`.
@@ -238,9 +237,3 @@ class Trained:
     def net(self) -> nn.Module:
         """The last stage's network."""
         return list(self.nets.values())[-1]
-
-
-def _scaled(recipe: Recipe, share: float) -> Recipe:
-    steps = max(1, math.ceil(recipe.steps * share - 1e-9))
-    warmup = round(recipe.warmup * steps / recipe.steps)
-    return replace(recipe, steps=steps, warmup=min(warmup, steps - 1))

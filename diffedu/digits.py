@@ -15,7 +15,7 @@ from diffedu.networks import Labelled, UNet
 from diffedu.objectives import dsm_loss
 from diffedu.sampling import prior, sample
 from diffedu.schedules import Cosine
-from diffedu.training import Loss, Recipe
+from diffedu.training import Loss, Recipe, Restarted
 
 __all__ = ["CLASSES", "MNIST", "SIDE", "DigitModel", "half_precision", "to_floats"]
 
@@ -104,4 +104,5 @@ class DigitModel(DigitTraining):
         return net.eval().requires_grad_(False)
 
 
-MNIST = DigitModel("mnist", Recipe(steps=6500, lr=1.5e-3, ema=0.999, beta2=0.99, warmup=200), unknown=0.3)
+_RECIPE = Restarted(steps=15_000, lr=1.5e-3, ema=0.999, beta2=0.99, warmup=200, restart=6500)
+MNIST = DigitModel("mnist", _RECIPE, unknown=0.3)
