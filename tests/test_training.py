@@ -14,7 +14,7 @@ from diffedu.denoiser import NetDenoiser
 from diffedu.networks import MLP
 from diffedu.objectives import dsm_loss
 from diffedu.schedules import VP
-from diffedu.training import Recipe, fit
+from diffedu.training import Recipe, Restarted, fit
 
 STEPS = 40
 RECIPE = Recipe(steps=STEPS, lr=1e-2, ema=0.9)
@@ -211,6 +211,31 @@ def test_the_learning_rate_falls_as_a_cosine():
     assert recipe.lr_at(100) == pytest.approx(0, abs=1e-16)
     slopes = [recipe.lr_at(k + 1) - recipe.lr_at(k) for k in range(100)]
     assert max(slopes) < 0
+
+
+def test_a_restart_goes_on_from_a_finished_training():
+    # the checkpoint of the shorter run, told of the longer recipe, is where the longer run stood
+    twice = Restarted(steps=STEPS + 25, lr=1e-2, ema=0.9, warmup=3, restart=STEPS)
+    once = Recipe(STEPS, 1e-2, 0.9, warmup=3)
+    assert [twice.lr_at(k) for k in range(STEPS)] == [once.lr_at(k) for k in range(STEPS)]
+    assert same(run(twice, stop_after=STEPS), run(once))
+    # risen anew at once, and down again at the end: a rate is symmetric about the middle of its cosine
+    assert twice.lr_at(STEPS - 1) < 1e-4 < 3e-3 < twice.lr_at(STEPS)
+    assert twice.lr_at(STEPS + 10) + twice.lr_at(STEPS + 15) == pytest.approx(1e-2)
+    assert twice.lr_at(STEPS + 25) == pytest.approx(0, abs=1e-16)
+
+
+def test_another_budget_than_the_restarted_one_has_one_cycle():
+    twice = Restarted(steps=60, lr=1e-2, ema=0.9, warmup=6, restart=40)
+    assert twice.scaled(1) == twice
+    assert twice.scaled(0.5) == Recipe(30, 1e-2, 0.9, warmup=3)
+    assert twice.scaled(1e-9) == Recipe(1, 1e-2, 0.9)
+
+
+@pytest.mark.parametrize("restart", [0, 40, 41, 1.5])
+def test_a_restart_lies_within_the_run(restart):
+    with pytest.raises(ValueError, match=rf"restart must be .*got {restart}"):
+        Restarted(steps=40, restart=restart)
 
 
 def test_adam_takes_steps_of_that_length():
