@@ -107,8 +107,8 @@ def add_digit_options(command: argparse.ArgumentParser, training: DigitTraining)
     """The options of a training of digits."""
     command.description = (
         f"Trains {training.summary}, by default. The learning rate rises at the start, then falls as a "
-        "cosine, and after a restart again; the average of the weights is what is written. After an interruption the same command with "
-        "the same --checkpoint goes on where it stood."
+        "cosine, and after a restart again; the average of the weights is what is written. After an "
+        "interruption the same command with the same --checkpoint goes on where it stood."
     )
     command.add_argument(
         "--images",
