@@ -25,6 +25,7 @@ from diffedu.digit_training import DigitTraining
 from diffedu.digits import MNIST
 from diffedu.students import MOONS_DISTILLED, SWISS_ROLL_DISTILLED
 from diffedu.teachers import MOONS, SWISS_ROLL
+from diffedu.training import Restarted
 from diffedu.weights import read
 
 
@@ -105,10 +106,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def add_digit_options(command: argparse.ArgumentParser, training: DigitTraining) -> None:
     """The options of a training of digits."""
+    restarts = [r.restart for r in training.stages.values() if isinstance(r, Restarted)]
+    again = "".join(
+        f" With that budget and that batch it does so twice, the second time from image "
+        f"{n * training.batch:,} on; any other budget or batch has one such cycle."
+        for n in restarts
+    )
     command.description = (
         f"Trains {training.summary}, by default. The learning rate rises at the start, then falls as a "
-        "cosine, and after a restart again; the average of the weights is what is written. After an "
-        "interruption the same command with the same --checkpoint goes on where it stood."
+        f"cosine.{again} The average of the weights is what is written. After an interruption the same "
+        "command with the same --checkpoint goes on where it stood."
     )
     command.add_argument(
         "--images",

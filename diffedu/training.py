@@ -88,9 +88,9 @@ class Restarted(Recipe):
         return self._cosine(step - self.restart, self.steps - self.restart)
 
     def scaled(self, share: float) -> Recipe:
-        """For another number of steps there is nothing to go on from: one cycle."""
-        once = {f.name: getattr(self, f.name) for f in fields(Recipe)}
-        return self if share == 1 else Recipe(**once).scaled(share)
+        """Itself for as many steps; for any other number there is nothing to go on from: one cycle."""
+        once = Recipe(**{f.name: getattr(self, f.name) for f in fields(Recipe)}).scaled(share)
+        return self if once.steps == self.steps else once
 
 
 @dataclass

@@ -284,7 +284,20 @@ def test_help_for_the_digits_says_what_a_newcomer_asks():
         "--subset",
     ):
         assert option in done.stdout
-    assert "goes on where it stood" in " ".join(done.stdout.split())
+    said = " ".join(done.stdout.split())
+    assert "goes on where it stood" in said
+    restart = f"{MNIST.recipe.restart * MNIST.batch:,}"
+    assert f"second time from image {restart} on; any other budget or batch has one such cycle" in said
+
+
+def test_help_speaks_of_a_second_cycle_where_there_is_one():
+    done = subprocess.run(
+        [sys.executable, "-m", "diffedu.train", MNIST_CONSISTENCY.name, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "second time" not in done.stdout
 
 
 def test_help_names_every_network():

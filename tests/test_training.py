@@ -230,6 +230,8 @@ def test_another_budget_than_the_restarted_one_has_one_cycle():
     assert twice.scaled(1) == twice
     assert twice.scaled(0.5) == Recipe(30, 1e-2, 0.9, warmup=3)
     assert twice.scaled(1e-9) == Recipe(1, 1e-2, 0.9)
+    assert twice.scaled(1 + 1e-12) == twice  # a budget's share is a quotient of floats
+    assert twice.scaled(61 / 60) == Recipe(61, 1e-2, 0.9, warmup=6)
 
 
 @pytest.mark.parametrize("restart", [0, 40, 41, 1.5])
