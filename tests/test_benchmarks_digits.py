@@ -118,7 +118,8 @@ def test_the_floor_of_gaussian_features_is_that_of_an_estimated_gaussian():
 
 
 def test_a_floor_has_ten_draws_or_as_many_as_the_samples_have_parts():
-    train, test = torch.randn(60_000, 2, generator=seeded(1)), moments(torch.randn(50, 2, generator=seeded(2)))
+    train = torch.randn(60_000, 2, generator=seeded(1))
+    test = moments(torch.randn(50, 2, generator=seeded(2)))
     assert [digits.floor(train, test, n)["draws"] for n in (300, 1000, 2000, 10_000)] == [33, 10, 10, 6]
 
 
