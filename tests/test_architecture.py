@@ -24,6 +24,7 @@ ORDER = [
     "networks",
     "objectives",
     "weights",
+    "recipes",
     "training",
     "teachers",
     "sampling",
