@@ -190,6 +190,7 @@ def tiny(monkeypatch, tmp_path):
         digit_steps, "SOLVERS", [m for m in SOLVERS if m.name in ("DDIM", "DPM-Solver++(2M)")]
     )
     monkeypatch.setattr(digit_paths, "SOLVERS", [])
+    monkeypatch.setattr(digit_paths, "BESIDE", [])
     monkeypatch.setattr(digit_paths, "REFERENCE_EVALUATIONS", 3)
     monkeypatch.setattr(digit_steps, "EVALUATIONS", (1, 2))
     monkeypatch.setattr(digit_steps, "MANY", [("DPM-Solver++(2M)", 3)])
