@@ -1,6 +1,6 @@
 # Needs Python 3.11 or newer and make, nothing else: everything is installed into .venv.
 #   make book        execute the notebooks and build the site into _build/html
-#   make test        every check: style, types, unit tests, notebooks, site, browser
+#   make test        every check: style, types, unit tests, the book and its notebooks, site, browser
 #   make test-fast   the same without the browser
 #   make serve       show the site at http://localhost:$(PORT)
 #   make page PAGE=02-coefficients   one page alone, quickly, into _build/page/<name>

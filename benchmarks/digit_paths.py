@@ -61,9 +61,11 @@ SOLVERS = [
     Marching("DEIS(3)", DEIS(3), 2),  # chapter 10's choice for ten evaluations
 ]
 JUMPING = Marching("DPM-Solver++(2M), jumps", DPMSolverPP2M(), JUMPS)
+# Of these the paths alone are measured.
+BESIDE = [Marching("DPM-Solver++(3M)", DPMSolverPP3M()), Marching("DEIS(3), lam grid", DEIS(3))]
 # Evaluations of the paths from a few starts to the exact trajectory, and of pictures of some of them alone
 EVALUATIONS = (1, 2, 3, 5, 10, 20, 50, 200)
-PICTURED, FINEST = (50, 200), 1000
+PICTURED, FINEST = (10, 20, 50), 1000
 PER_CLASS = 2  # starts of each class
 REFERENCE_EVALUATIONS = 600
 
@@ -76,9 +78,13 @@ def few_starts() -> tuple[Tensor, Tensor]:
 
 def rms(x: Tensor, reference: Tensor) -> tuple[float, float]:
     """Root of the mean square of x - reference over images and pixels, and its standard error."""
-    each = (x - reference).double().square().flatten(1).mean(1)
-    value = float(each.mean().sqrt())
-    return value, float(each.std()) / math.sqrt(len(each)) / (2 * value)
+    return root_mean((x - reference).double().square().flatten(1).mean(1))
+
+
+def root_mean(squares: Tensor) -> tuple[float, float]:
+    """Root of the mean of (n,) squares, and its standard error if they are independent."""
+    value = float(squares.mean().sqrt())
+    return value, float(squares.std()) / math.sqrt(len(squares)) / (2 * value)
 
 
 def to_bytes(x: Tensor) -> Tensor:
@@ -113,12 +119,13 @@ def paths(kept: Kept, net: nn.Module, digest: str) -> tuple[dict[str, Any], dict
     gap, _ = rms(end(Marching("", DPMSolverPP3M()), REFERENCE_EVALUATIONS), reference)
     print(f"  two solvers with {REFERENCE_EVALUATIONS} evaluations: {gap:.2g} apart", flush=True)
     lines, pictures = [], {"reference": reference}
-    for marching in SOLVERS:
+    for marching in [*SOLVERS, *BESIDE]:
         for n in EVALUATIONS:
             if steps := marching.steps(n):
                 here = end(marching, n)
                 value, error = rms(here, reference)
-                shift = features(here.clamp(-1, 1)) - seen
+                shift = (features(here.clamp(-1, 1)) - seen).double()
+                in_features, its_error = root_mean(shift.square().sum(1))
                 lines.append(
                     {
                         "method": marching.name,
@@ -127,10 +134,12 @@ def paths(kept: Kept, net: nn.Module, digest: str) -> tuple[dict[str, Any], dict
                         "used": steps * marching.calls,
                         "rms": value,
                         "standard_error": error,
-                        "feature_rms": float(shift.double().square().sum(1).mean().sqrt()),
+                        "feature_rms": in_features,
+                        "feature_error": its_error,
                     }
                 )
                 print(f"  {marching.name}, {n}: {value:.2g} from the trajectory", flush=True)
+    for marching in SOLVERS:
         for n in PICTURED:
             pictures[f"{marching.name}, {n}"] = to_bytes(end(marching, n)[:CLASSES])
         pictures[f"{marching.name}, {FINEST}"] = to_bytes(end(marching, FINEST, CLASSES))

@@ -21,8 +21,8 @@ from benchmarks.training import seeded
 from diffedu import weights
 from diffedu.classifier import CLASSIFIER
 from diffedu.data import mnist
-from diffedu.digit_metrics import accuracy, features, statistics
-from diffedu.digits import MNIST
+from diffedu.digit_metrics import features, probabilities, statistics
+from diffedu.digits import CLASSES, MNIST
 from diffedu.metrics import Moments, frechet_distance, moments
 
 GROUPS = 20  # of a block, for the standard error of its distance by the jackknife
@@ -77,26 +77,48 @@ def jackknife(seen: Tensor, test: Moments) -> float:
     return math.sqrt(float(spread) * (GROUPS - 1))
 
 
+def spread(seen: Tensor, labels: Tensor) -> tuple[float, float]:
+    """How unlike the digits of a class are: the variance of their features (n, 64), and its standard error.
+
+    Summed over the features, averaged over the classes. Not a number where a class has less than two.
+    """
+    if int(torch.bincount(labels, minlength=CLASSES).min()) < 2:
+        return math.nan, math.nan
+    classes = [seen[labels == c].double() for c in range(CLASSES)]
+    squares = [(f - f.mean(0)).square().sum(1) * len(f) / (len(f) - 1) for f in classes]
+    error = math.sqrt(sum(float(each.var()) / len(each) for each in squares)) / len(squares)
+    return sum(float(each.mean()) for each in squares) / len(squares), error
+
+
 def block(
     method: Method, x: Tensor, labels: Tensor, generator: Generator, test: Moments
 ) -> dict[str, Tensor]:
-    """Distance, its standard error, class accuracy and CPU seconds per image of a block of samples."""
+    """Distance and spread with standard errors, class accuracy, CPU seconds per image of some samples."""
     start = time.process_time()
     parts = zip(torch.split(x, CHUNK), torch.split(labels, CHUNK), strict=True)
     digits = torch.cat([method.draw(a, b, generator) for a, b in parts]).clamp(-1, 1)
     seconds = (time.process_time() - start) / len(x)
     seen = features(digits)
+    within, its_error = spread(seen, labels)
+    right = probabilities(digits).argmax(1) == labels
     numbers = {
         "fd": frechet_distance(moments(seen), test),
         "error": jackknife(seen, test),
-        "accuracy": accuracy(digits, labels),
+        "accuracy": float(right.double().mean()),
         "seconds": seconds,
+        "spread": within,
+        "spread_error": its_error,
+        "spread_recognised": spread(seen[right], labels[right])[0],
     }
     return {key: torch.tensor(value, dtype=torch.float64) for key, value in numbers.items()}
 
 
 def row(method: Method, blocks: Sequence[dict[str, Tensor]], floor: float) -> dict[str, Any]:
-    """A method's line in the results, but for what it is beside its teacher."""
+    """A method's line in the results, but for what it is beside its teacher.
+
+    The spread, of all its digits and of those that are recognised as what was asked for, is that of the
+    first block; it is left out where there is none, or the block was kept before it was taken.
+    """
     fds, errors, right, seconds = (
         torch.stack([b[key] for b in blocks]) for key in ("fd", "error", "accuracy", "seconds")
     )
@@ -115,6 +137,7 @@ def row(method: Method, blocks: Sequence[dict[str, Tensor]], floor: float) -> di
         "over_floor": float(fds.mean()) / floor,
         "best_seen_over_floor": best / GOAL_FLOOR if best else None,
         "accuracy": float(right.mean()),
+        **{k: float(v) for k, v in blocks[0].items() if k.startswith("spread") and v.isfinite()},
         "seconds_per_image": float(seconds.mean()),
     }
 

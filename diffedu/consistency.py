@@ -76,6 +76,7 @@ class SolutionMap:
     """The ODE's own solution map: x (B, *) at t to t_min by `steps` steps of a solver, uniform in lam.
 
     With an `ExactDenoiser` the yardstick of every consistency function. One solve for each distinct time.
+    Raises ValueError for t outside [t_min, t_max].
     Equations: eq-consistency-idea, eq-consistency-function
     """
 
@@ -94,8 +95,10 @@ class SolutionMap:
 
     def _solve(self, x: Tensor, t: float) -> Tensor:
         schedule = self.denoiser.schedule
-        # a float32 time may lie beside t_min by its rounding
-        if t <= schedule.t_min * (1 + 1e-6):
+        low, high, rounding = schedule.t_min, schedule.t_max, 1e-6  # a float32 time may lie beside t_min
+        if not low * (1 - rounding) <= t <= high * (1 + rounding):
+            raise ValueError(f"t must lie in [t_min, t_max] = [{low:g}, {high:g}]; got {t!r}")
+        if t <= low * (1 + rounding):
             return x.clone()
         return sample(self.denoiser, self.solver, x, replace(schedule, t_max=t).grid(self.steps))
 
@@ -127,7 +130,7 @@ def multistep(
 
 @dataclass(frozen=True)
 class SquaredL2:
-    """The distance |a - b|^2, (B,): its minimiser is the mean. For distillation, whose targets are sure."""
+    """The distance |a - b|^2, (B,): its minimiser is the mean. For targets that are sure, as a teacher's."""
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:
         """The distances of a and b, (B, *)."""
@@ -136,7 +139,7 @@ class SquaredL2:
 
 @dataclass(frozen=True)
 class PseudoHuber:
-    """The distance sqrt(|a - b|^2 + c^2) - c, (B,): large gaps pull with force 1. For noisy targets.
+    """The distance sqrt(|a - b|^2 + c^2) - c, (B,): its gradient is never longer than 1. For noisy targets.
 
     Raises ValueError for c that is not positive. Source: Song & Dhariwal 2023, section 3.3.
     """

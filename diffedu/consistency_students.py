@@ -79,7 +79,11 @@ class ConsistencyStudent(Student, ABC):
         return ConsistencyFunction(net, self.teacher.schedule)
 
     def loss(self, data: Tensor) -> Loss:
-        """What `fit` minimises over a `Tracked` network, (batch,)."""
+        """What `fit` minimises over a `Tracked` network, (batch,).
+
+        Each evaluation counts as one step of training: it moves the slow copy and the counter of steps. So
+        evaluate it once for each step of the optimiser, and measure a trained network with another loss.
+        """
         schedule, pairs, grids = self.teacher.schedule, self.pairs(data), dict[int, Tensor]()
 
         def values(net: nn.Module, generator: torch.Generator) -> Tensor:
@@ -164,7 +168,9 @@ class ConsistencyTrained(ConsistencyStudent):
     `ct_loss` takes for E[x0 | x_t] the one x0 that made x_t; here the whole batch speaks, each of its points
     with its posterior weight, so that targets are nearly sure and squared distances serve. Steps over more
     than two intervals are Euler's, the others Heun's.
-    Source: Song et al. 2023, algorithm 3; the batch's posterior, Xu, Tong & Jaakkola 2023 (stable targets).
+    Source: after Song et al. 2023, algorithm 3, whose single x0, Euler steps and growing grid are replaced by
+    the batch's posterior mean (Xu, Tong & Jaakkola 2023, stable targets), Heun's steps and narrowing pairs
+    (Geng et al. 2024).
     Equations: eq-consistency-algorithms
     """
 

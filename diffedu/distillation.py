@@ -25,10 +25,10 @@ def progressive_target(
     """The x0 value (B, *) whose one DDIM step from z (B, *) at t to s lands where the teacher's two do.
 
     t, s, middle: floats, 0-dim or (B,), t > middle > s >= 0; the middle is (t + s) / 2 unless given. With
-    x = teacher(z, t).x0 and x' = teacher(z', middle).x0 the target is w x + (1 - w) x', a mean of the two:
-    w = (e^lam' - e^lam_t) / (e^lam_s - e^lam_t), lam the half log-SNR. It holds at sigma_s = 0 (w = 0) and
+    x = teacher(z, t).x0 and x' = teacher(z', middle).x0 the target is c x + (1 - c) x', a mean of the two:
+    c = (e^lam' - e^lam_t) / (e^lam_s - e^lam_t), lam the half log-SNR. It holds at sigma_s = 0 (c = 0) and
     alpha_t = 0, and loses no digits where t and s are close. Raises ValueError for other times.
-    Source: Salimans & Ho 2022, algorithm 2 and appendix G.
+    Source: Salimans & Ho 2022, algorithm 2 and appendix G, which have the quotient; the mean is ours.
     Equations: eq-distillation-target, eq-first-teacher-step, eq-second-teacher-step, eq-target-solved
     """
     schedule = teacher.schedule

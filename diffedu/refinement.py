@@ -57,8 +57,9 @@ class Division(Protocol):
 class Refinement:
     """How finely time is divided at step k of a training: from `first` intervals to `last`.
 
-    N^2 grows evenly in k (algorithm 3's schedule, its N - 1 counted as intervals). The target's decay is
-    mu^(first / N): the finer the grid, the slower the target follows.
+    N^2 grows evenly in k: algorithm 3's schedule, which counts levels, N + 1, but never fewer than `first`
+    intervals, where it begins with `first` levels. The target's decay is mu^(first / N): the finer the grid,
+    the slower the target follows.
     Raises ValueError for counts below 1, last < first and a decay outside [0, 1).
     Source: Song et al. 2023, appendix C. Equations: eq-consistency-algorithms
     """

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks import digit_few, digit_paths, digit_steps, digits, report
-from benchmarks.digit_paths import SOLVERS, Marching
+from benchmarks.digit_paths import BESIDE, SOLVERS, Marching
 from benchmarks.kept import Kept
 from benchmarks.training import seeded
 from diffedu import weights
@@ -29,7 +29,7 @@ def test_every_method_is_there_with_what_it_was_made_by():
     assert {key: r["made"] for key, r in ROWS.items() if key[0] not in few} == wanted
     assert set(digit_steps.GOALS) <= set(ROWS)
     ladder = digit_paths.EVALUATIONS
-    assert set(PATHS) == {(name, n) for name, calls in CALLS.items() for n in ladder if n >= calls}
+    assert set(PATHS) == {(m.name, n) for m in [*SOLVERS, *BESIDE] for n in ladder if n >= m.calls}
 
 
 def test_the_measured_networks_are_the_shipped_ones():
@@ -41,6 +41,12 @@ def test_the_pictures_belong_to_the_results():
     pictures, _ = weights.read(report.RESULTS / RESULTS["pictures"]["file"])
     assert weights.digest(pictures) == RESULTS["pictures"]["digest"]
     assert sum(value.numel() * value.element_size() for value in pictures.values()) < 300_000
+    ends = {f"{m.name}, {n}" for m in SOLVERS for n in (*digit_paths.PICTURED, digit_paths.FINEST)}
+    assert set(pictures) == {"reference", "labels"} | ends
+    exact = digit_paths.to_bytes(pictures["reference"])[: len(pictures["DDIM, 1000"])]
+    for name in CALLS:
+        finest = pictures[f"{name}, {digit_paths.FINEST}"]
+        assert (finest.float() - exact.float()).square().mean().sqrt() < 2  # of 255 grey levels
 
 
 @pytest.mark.parametrize("key", list(digit_steps.GOALS), ids=str)
@@ -57,6 +63,20 @@ def test_the_error_falls_as_the_order_says(name, order):
     far, near = (PATHS[name, n] for n in (50, 200))
     found = empirical_order([1 / p["used"] for p in (far, near)], [p["rms"] for p in (far, near)])
     assert abs(found - order) < 0.5  # from steps that are still long
+
+
+def test_long_first_steps_cost_deis_its_order():
+    # of the grid uniform in sqrt(t): the first of 200 is as long in lam as 37 of the grid uniform in lam
+    def order(name):
+        lines = [PATHS[name, n] for n in (50, 200)]
+        return empirical_order([1 / p["used"] for p in lines], [p["rms"] for p in lines])
+
+    assert order("DEIS(3)") < min(2.5, order("DEIS(3), lam grid") - 0.5)
+
+
+def test_the_error_of_the_features_comes_with_a_standard_error():
+    for line in RESULTS["paths"]:
+        assert 0 < line["feature_error"] < line["feature_rms"]
 
 
 def test_the_reference_is_nearer_than_all_that_is_measured_against_it():
@@ -93,6 +113,28 @@ def test_the_jackknife_knows_the_spread_of_a_distance():
     guessed = sum(digit_steps.jackknife(x, target) for x in draws) / len(draws)
     assert guessed == pytest.approx(spread, rel=0.3)
     assert guessed > math.sqrt(36 / 400) * 0.8
+
+
+def test_the_spread_is_the_variance_within_a_class():
+    labels = torch.arange(10).repeat(30)
+    noise = torch.randn(300, 64, generator=seeded(1), dtype=torch.float64)
+    seen = 5 * labels[:, None] + noise * (1 + labels[:, None])  # the variance of class c is (1 + c)^2
+    value, error = digit_steps.spread(seen, labels)
+    wanted = 64 * sum((1 + c) ** 2 for c in range(10)) / 10
+    assert value == pytest.approx(sum(float(seen[c::10].var(0).sum()) for c in range(10)) / 10)
+    # a class's has the variance 64 * 2 (1 + c)^4 / 29
+    exact = math.sqrt(sum(64 * 2 * (1 + c) ** 4 / 29 for c in range(10))) / 10
+    assert error == pytest.approx(exact, rel=0.2)
+    assert abs(value - wanted) < 4 * exact
+    assert all(math.isnan(v) for v in digit_steps.spread(seen[:19], labels[:19]))  # of class 9 there is one
+
+
+def test_the_spread_is_measured_where_the_chapter_looks():
+    for key in [("DPM-Solver++(2M)", n) for n in (3, 5, 10, 20)]:
+        line = ROWS[key]
+        assert 0 < line["spread_error"] < 0.1 * line["spread"]
+        assert line["spread_recognised"] < line["spread"]  # what is not recognised is far from its class
+    assert all("spread" in r for r in RESULTS["rows"] if r["used"] <= 2 and r["method"] in CALLS)
 
 
 def test_what_draws_share_cancels_in_the_ratio_to_the_teacher():
@@ -148,6 +190,7 @@ def tiny(monkeypatch, tmp_path):
         digit_steps, "SOLVERS", [m for m in SOLVERS if m.name in ("DDIM", "DPM-Solver++(2M)")]
     )
     monkeypatch.setattr(digit_paths, "SOLVERS", [])
+    monkeypatch.setattr(digit_paths, "BESIDE", [])
     monkeypatch.setattr(digit_paths, "REFERENCE_EVALUATIONS", 3)
     monkeypatch.setattr(digit_steps, "EVALUATIONS", (1, 2))
     monkeypatch.setattr(digit_steps, "MANY", [("DPM-Solver++(2M)", 3)])

@@ -116,6 +116,14 @@ def test_the_solution_map_is_that_of_an_adaptive_solver():
     assert torch.equal(f(x.float(), torch.full((60,), vp.t_min)), x.float())
 
 
+@pytest.mark.parametrize("t", [0.0, -3.0, VP().t_min * 0.999, 1.1, math.nan])
+def test_the_solution_map_refuses_times_that_the_ode_does_not_have(t):
+    f, x = SolutionMap(exact(asym3(), VP()), steps=2), torch.zeros(3, 2, dtype=torch.float64)
+    for time in (t, torch.full((3,), t, dtype=torch.float64)):
+        with pytest.raises(ValueError, match=r"must lie in \["):
+            f(x, time)
+
+
 def pairs_at(schedule, law, t, n):
     g = seeded(5)
     x0 = law.sample(n, g)

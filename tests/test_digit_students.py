@@ -161,6 +161,7 @@ def test_the_budget_is_shared_by_the_generations():
     half = MNIST_DISTILLED.with_budget(MNIST_DISTILLED.images // 2)
     for (n, whole), (m, part) in zip(MNIST_DISTILLED.generations, half.generations, strict=True):
         assert (m, part.steps, part.lr) == (n, whole.steps // 2, whole.lr)
+    assert MNIST_CONSISTENCY.division.steps == MNIST_CONSISTENCY.recipe.steps
     few = MNIST_CONSISTENCY.with_budget(640)
     assert (few.images, few.recipe.steps, few.division.steps) == (640, 10, 10)
 
@@ -216,10 +217,13 @@ def test_the_files_have_all_that_made_them(training, tmp_path):
 
 def test_the_times_of_the_consistency_model_are_levels_it_was_trained_at():
     grid = levels(SCHEDULE, MNIST_CONSISTENCY.division.last)
-    for k in (1, 2):
+    assert torch.equal(MNIST_CONSISTENCY.levels(), grid)
+    for k in (1, 2, 4, 8):
         ts = MNIST_CONSISTENCY.times(k)
         assert len(ts) == k
         assert ts[0] == SCHEDULE.t_max
+        assert ts == sorted(set(ts), reverse=True)
+        assert ts[-1] > SCHEDULE.t_min
         assert all(float((grid - t).abs().min()) == 0 for t in ts)
     with pytest.raises(ValueError, match=r"evaluations must be one of \[1, 2.*\]; got 9"):
         MNIST_CONSISTENCY.times(9)

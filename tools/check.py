@@ -17,8 +17,6 @@ from steps import step
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 NEED_THE_SITE = ["tests/book/test_links.py", "tests/book/test_browser.py"]
-# The book's build executes every notebook as well; these take minutes, so once is enough from day to day.
-LONG = ["05-*", "11-*", "12-*", "13-*", "14-*", "15-*"]
 TIMED = "tests/book/test_browser.py::test_a_page_is_ready_in_time"  # needs the machine for itself
 
 
@@ -29,8 +27,6 @@ def commands(fast: bool) -> dict[str, list[list[str]]]:
     apart = [f"--deselect={TIMED}"]
     timed = [] if fast else [[str(BIN / "pytest"), "--quiet", TIMED]]
     without_site = [f"--ignore={path}" for path in NEED_THE_SITE]
-    notebooks = ["--nbval-lax", "--nbval-current-env", "--nbval-cell-timeout=300", "--dist=loadfile"]
-    notebooks += [f"--ignore-glob=*/{name}.ipynb" for name in LONG]
     return {
         "Style": [
             [str(BIN / "ruff"), "check", "--quiet"],
@@ -48,7 +44,7 @@ def commands(fast: bool) -> dict[str, list[list[str]]]:
         ],
         "Types": [[str(BIN / "mypy")]],
         "Unit tests": [[*pytest, "tests", *without_site]],
-        "Notebooks, cell by cell": [[*pytest, *notebooks, "-o", "filterwarnings=default", "book"]],
+        # executes every notebook and fails at the first error, as nbval would in the weekly workflow
         "The book": [[sys.executable, "tools/build.py", "book"]],
         "The site": [[*pytest, "--dist=loadgroup", *apart, *site_tests], *timed],
     }
