@@ -12,6 +12,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from benchmarks import digit_few
+from benchmarks.digit_judge import spread
 from benchmarks.digit_methods import Method, marched
 from benchmarks.digit_paths import JUMPING, SOLVERS, paths
 from benchmarks.digits import BLOCK, CHUNK, starts
@@ -22,7 +23,7 @@ from diffedu import weights
 from diffedu.classifier import CLASSIFIER
 from diffedu.data import mnist
 from diffedu.digit_metrics import features, probabilities, statistics
-from diffedu.digits import CLASSES, MNIST
+from diffedu.digits import MNIST
 from diffedu.metrics import Moments, frechet_distance, moments
 
 GROUPS = 20  # of a block, for the standard error of its distance by the jackknife
@@ -75,19 +76,6 @@ def jackknife(seen: Tensor, test: Moments) -> float:
     values = [frechet_distance(moments(seen[group != k]), test) for k in range(GROUPS)]
     spread = torch.tensor(values, dtype=torch.float64).var(correction=0)
     return math.sqrt(float(spread) * (GROUPS - 1))
-
-
-def spread(seen: Tensor, labels: Tensor) -> tuple[float, float]:
-    """How unlike the digits of a class are: the variance of their features (n, 64), and its standard error.
-
-    Summed over the features, averaged over the classes. Not a number where a class has less than two.
-    """
-    if int(torch.bincount(labels, minlength=CLASSES).min()) < 2:
-        return math.nan, math.nan
-    classes = [seen[labels == c].double() for c in range(CLASSES)]
-    squares = [(f - f.mean(0)).square().sum(1) * len(f) / (len(f) - 1) for f in classes]
-    error = math.sqrt(sum(float(each.var()) / len(each) for each in squares)) / len(squares)
-    return sum(float(each.mean()) for each in squares) / len(squares), error
 
 
 def block(

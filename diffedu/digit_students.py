@@ -203,13 +203,13 @@ MNIST_DISTILLED = DigitsDistilled(
     "mnist-distill",
     MNIST,
     (
-        (8, _recipe(300, 4e-4, 0.99)),
-        (4, _recipe(400, 5e-4, 0.99)),
-        (2, _recipe(600, 8e-4, 0.99)),
-        (1, _recipe(1000, 1e-3, 0.995)),
+        (8, _recipe(450, 4e-4, 0.99)),
+        (4, _recipe(600, 5e-4, 0.99)),
+        (2, _recipe(900, 8e-4, 0.99)),
+        (1, _recipe(1500, 1e-3, 0.995)),
     ),
 )
-_LESSONS = _recipe(1500, 1e-3, 0.995)
+_LESSONS = _recipe(2250, 1e-3, 0.995)
 MNIST_CONSISTENCY = DigitsConsistency(
     "mnist-consistency",
     MNIST,
