@@ -189,7 +189,8 @@ def speed(images: Tensor, labels: Tensor, threads: int, steps: int = 25) -> dict
             torch.autograd.backward(loss(net, generator).mean())
         each = counter.get_total_flops() / MNIST.batch
         rate, wall, cpu = convolution_rate(), time.perf_counter(), time.process_time()
-        fit(net, loss, replace(MNIST.recipe, steps=steps, warmup=0), generator, progress=False)
+        recipe = replace(MNIST.with_budget(steps * MNIST.batch).recipe, warmup=0)
+        fit(net, loss, recipe, generator, progress=False)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     finally:
         torch.set_num_threads(1)

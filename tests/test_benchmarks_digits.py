@@ -202,6 +202,22 @@ def test_the_loss_of_the_answer_nothing_is_the_size_of_v():
     assert abs(found["loss"] - (1 + size) / 2) < 4 * found["standard_error"]
 
 
+def test_speed_trains_a_few_steps_and_counts_the_products():
+    # forwards and backwards, a weight's product is made three times, each two operations; the linear
+    # layers have next to none of them
+    places = {}
+    net = MNIST.untrained(0)
+    layers = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    for layer in layers:
+        layer.register_forward_hook(lambda m, x, y: places.update({m: y.shape[2] * y.shape[3]}))
+    images = torch.zeros(70, 28, 28, dtype=torch.uint8)
+    net(images[:1, None].float(), torch.zeros(1))
+    products = sum(m.weight.numel() * places[m] for m in layers)
+    found = digits.speed(images, torch.arange(70) % 10, threads=1, steps=2)
+    assert found["flops_per_image"] == pytest.approx(6 * products, rel=0.03)
+    assert found["images_per_second"] > 1
+
+
 def test_losses_of_other_networks_stay_in_the_file(tmp_path):
     file = tmp_path / "digits.json"
     new, old = {"digest": "b", "images": 9, "loss": 1.0}, {"digest": "a", "images": 4, "loss": 2.0}
