@@ -107,7 +107,8 @@ def execute_all(notebooks: list[Path], caches: Path) -> Path:
     cache.list_cache_records()  # makes the data base before the threads share it
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
-            errors = [error for error in pool.map(lambda n: execute(n, cache), notebooks) if error]
+            # from the end: the long ones are there, and at last short ones keep all cores busy
+            errors = [error for error in pool.map(lambda n: execute(n, cache), notebooks[::-1]) if error]
         except KeyboardInterrupt:
             print("Interrupted; what was executed is kept.", flush=True)
             os._exit(130)  # do not wait for the running notebooks; their kernels end with this process
