@@ -71,7 +71,8 @@ def test_long_first_steps_cost_deis_its_order():
         lines = [PATHS[name, n] for n in (50, 200)]
         return empirical_order([1 / p["used"] for p in lines], [p["rms"] for p in lines])
 
-    assert order("DEIS(3)") < min(2.5, order("DEIS(3), lam grid") - 0.5)
+    # what chapter 14 calls reaching the nominal order, 3: less a fifth at most
+    assert order("DEIS(3)") < 3 - 0.2 < order("DEIS(3), lam grid")
 
 
 def test_the_error_of_the_features_comes_with_a_standard_error():
