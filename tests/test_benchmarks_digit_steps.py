@@ -71,8 +71,9 @@ def test_long_first_steps_cost_deis_its_order():
         lines = [PATHS[name, n] for n in (50, 200)]
         return empirical_order([1 / p["used"] for p in lines], [p["rms"] for p in lines])
 
-    # what chapter 14 calls reaching the nominal order, 3: less a fifth at most
-    assert order("DEIS(3)") < 3 - 0.2 < order("DEIS(3), lam grid")
+    # on the lam grid it is what chapter 14 calls reaching the nominal order, 3: less a fifth at most
+    assert order("DEIS(3)") < 2.5
+    assert order("DEIS(3), lam grid") > 3 - 0.2
 
 
 def test_the_error_of_the_features_comes_with_a_standard_error():
